@@ -1,0 +1,1 @@
+"""vhostpy: a vhost-user back-end for virtio-net and virtio-blk."""

@@ -1,0 +1,24 @@
+"""The base class of ports; see `_port.pxd` for the contract."""
+from vhostpy._ring cimport Scratch
+
+
+cdef class Port:
+    """Where frames come from and go to; subclasses say how."""
+
+    def __cinit__(self):
+        self.index = -1
+
+    cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil:
+        return 0
+
+    cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil:
+        pass
+
+    cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
+        pass
+
+    cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil:
+        return count
+
+    cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:
+        pass
