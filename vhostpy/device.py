@@ -9,6 +9,7 @@ calls `ring_stopped`, `ring_enabled` or `negotiated`.
 from typing import Any, Protocol
 
 from vhostpy._ring import Virtqueue
+from vhostpy.worker import Workers
 
 
 class Device(Protocol):
@@ -16,6 +17,7 @@ class Device(Protocol):
 
     name: str  # what messages and `status` call it, e.g. the socket's file name
     kind: str  # "net" or "blk"
+    workers: Workers  # who polls its queues
     queue_limit: int  # virtqueues, not pairs
     queue_number: int  # what GET_QUEUE_NUM says: pairs for net, virtqueues for blk
 

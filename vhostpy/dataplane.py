@@ -1,0 +1,317 @@
+"""Carries a session's effects out: memory generations, dirty log, virtqueues, device.
+
+One `DataPlane` a session. Knows no socket and decides nothing about the protocol. The
+rule of ownership: a virtqueue is the workers' while it is live; `held` takes it back,
+changes it and lets it go again.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from vhostpy import session as s
+from vhostpy._ring import Virtqueue
+from vhostpy._spec import Feature
+from vhostpy.device import Device
+from vhostpy.errors import GuestError, ProtocolError
+from vhostpy.fds import OwnedFd
+from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+
+log = logging.getLogger("vhostpy")
+
+# How long a ring may take to finish its requests before its session ends instead. QEMU's
+# main loop waits for the answer meanwhile.
+DRAIN_DEADLINE_S = 5.0
+
+# Generations that a request still used when its session ended: never unmapped under I/O.
+leaked: list[GuestMemory] = []
+
+
+@dataclass(slots=True)
+class RunningRing:
+    """A started ring."""
+
+    virtqueue: Virtqueue
+    reported_broken: bool = False
+
+
+class DataPlane:
+    """What one session owns of the data plane."""
+
+    def __init__(self, device: Device, session: s.Session) -> None:
+        self.device = device
+        self.session = session
+        self.workers = device.workers
+        self.memory: GuestMemory | None = None
+        self.log: DirtyLog | None = None
+        self.features = 0
+        self.rings: dict[int, RunningRing] = {}
+        self.retired: list[GuestMemory] = []
+        self.backend_channel: OwnedFd | None = None
+
+    async def carry_out(self, effect: s.Effect) -> int | None:
+        """Does what `effect` says; StopRing returns the ring's base."""
+        match effect:
+            case s.SetFeatures(features):
+                self._set_features(features)
+            case s.SetMemory(regions, fds):
+                self._set_memory(regions, fds)
+            case s.AddRegion(region, fd):
+                with fd:
+                    self._replace_memory([*self._regions(), _map(region, fd)])
+            case s.RemoveRegion(region):
+                self._remove_region(region)
+            case s.SetLog(fd, offset, size):
+                self._set_log(fd, offset, size)
+            case s.StartRing(index):
+                self._start_ring(index)
+            case s.StopRing(index):
+                return await self._stop_ring(index)
+            case s.EnableRing(index, enabled):
+                if index in self.rings:
+                    with self._held([index]):
+                        self.device.ring_enabled(index, enabled)
+            case s.SetRingCall(index):
+                self._set_call(index)
+                _close(effect.replaced)
+            case s.SetRingKick(index):
+                if index in self.rings:
+                    self.device.ring_kick(index, _eventfd(self.session.rings[index].kick))
+                _close(effect.replaced)
+            case s.SetRingErr():
+                _close(effect.replaced)
+            case s.SetRingAddresses(index):
+                self._set_addresses(index)
+            case s.SetRingBase(index):
+                if index in self.rings:
+                    with self._held([index]) as virtqueues:
+                        virtqueues[0].base = self.session.rings[index].base
+            case s.SetBackendChannel(fd):
+                _close(self.backend_channel)
+                self.backend_channel = fd
+            case s.SetMtu(mtu):
+                self.device.set_mtu(mtu)
+            case s.SendRarp(mac):
+                self.device.send_rarp(mac)
+            case s.WriteConfig(offset, data):
+                self.device.write_config(offset, data)
+            case s.SetStatus():
+                pass
+            case s.ResetDevice():
+                for index in list(self.rings):
+                    await self._stop_ring(index)
+            case _:
+                raise NotImplementedError(effect)
+        return None
+
+    def look_after(self) -> None:
+        """Reports rings that broke; raises GuestError if guest memory is gone."""
+        if self.memory is not None and self.memory.poisoned:
+            raise GuestError(
+                f"{self.device.name}: guest memory was truncated or cannot be read",
+                "the front-end must not shrink memory that it shares; start it again",
+            )
+        for index, ring in self.rings.items():
+            if ring.virtqueue.broken and not ring.reported_broken:
+                ring.reported_broken = True
+                log.warning(
+                    "%s: ring %d: the driver's indexes make no sense; the ring is ignored until "
+                    "it is reset",
+                    self.device.name,
+                    index,
+                )
+                err = self.session.rings[index].err
+                if err is not None:
+                    _signal(err.fileno())
+
+    async def close(self) -> None:
+        """Ends it all. Memory that a request still uses is leaked, counted and logged."""
+        for index in list(self.rings):
+            try:
+                await self._stop_ring(index)
+            except GuestError as error:
+                log.error("%s", error)
+        self.device.closed()
+        _close(self.backend_channel)
+        self._retire(self.memory)
+        self.memory = self.log = None
+        for memory in self.retired:
+            if memory.in_use:
+                leaked.append(memory)
+                log.error(
+                    "%s: requests still use guest memory; %d bytes stay mapped",
+                    self.device.name,
+                    sum(region.size for region in memory.regions),
+                )
+
+    # Memory ------------------------------------------------------------------------
+
+    def _regions(self) -> list[RegionInfo]:
+        return list(self.memory.regions) if self.memory is not None else []
+
+    def _set_memory(self, regions: tuple[s.MemoryRegion, ...], fds: tuple[OwnedFd, ...]) -> None:
+        with contextlib.ExitStack() as stack:
+            for fd in fds:
+                stack.enter_context(fd)
+            self._replace_memory([_map(*pair) for pair in zip(regions, fds, strict=True)])
+
+    def _remove_region(self, region: s.MemoryRegion) -> None:
+        kept = [
+            r
+            for r in self._regions()
+            if (r.gpa, r.size, r.uva) != (region.gpa, region.size, region.uva)
+        ]
+        if len(kept) == len(self._regions()):
+            raise ProtocolError(
+                f"REM_MEM_REG: no region of {region.size} bytes at GPA {region.gpa:#x}"
+            )
+        self._replace_memory(kept)
+
+    def _replace_memory(self, regions: list[RegionInfo]) -> None:
+        """Publishes a new generation; running rings are translated anew in the same step."""
+        memory = GuestMemory(regions)
+        with self._held(self.rings) as virtqueues:
+            for virtqueue in virtqueues:
+                virtqueue.remap(memory)
+        self._retire(self.memory)
+        self.memory = memory
+
+    def _retire(self, memory: GuestMemory | None) -> None:
+        self.retired = [old for old in self.retired if old.in_use]
+        if memory is not None and memory.in_use:
+            self.retired.append(memory)
+
+    # Dirty log ---------------------------------------------------------------------
+
+    def _set_features(self, features: int) -> None:
+        self.features = features
+        with self._held(self.rings):
+            self.device.negotiated(features)
+            self._update_logs()
+
+    def _set_log(self, fd: OwnedFd | None, offset: int, size: int) -> None:
+        if fd is None:
+            self.log = None
+        else:
+            with fd:
+                self.log = DirtyLog(fd.fileno(), offset, size)
+        with self._held(self.rings):
+            self._update_logs()
+
+    def _update_logs(self) -> None:
+        for index, ring in self.rings.items():
+            ring.virtqueue.set_log(*self._log_of(index))
+
+    def _log_of(self, index: int) -> tuple[DirtyLog | None, int | None]:
+        """The ring's dirty log and the guest address of its used ring in it."""
+        if not self.features >> Feature.LOG_ALL & 1:
+            return None, None
+        state = self.session.rings[index]
+        return self.log, state.used_log_gpa if state.log_used else None
+
+    # Rings -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _held(self, indexes: Iterable[int]) -> Iterator[list[Virtqueue]]:
+        virtqueues = [self.rings[index].virtqueue for index in indexes]
+        for virtqueue in virtqueues:
+            virtqueue.set_live(False)
+        if virtqueues:
+            self.workers.wait()
+        yield virtqueues
+        # Not after an error: the session ends then, and its rings stay quiet.
+        for virtqueue in virtqueues:
+            virtqueue.set_live(True)
+        if virtqueues:
+            self.workers.nudge()
+
+    def _start_ring(self, index: int) -> None:
+        state = self.session.rings[index]
+        if self.memory is None:
+            raise ProtocolError(
+                f"{self.device.name}: ring {index} started before any guest memory was shared",
+                "give QEMU -object memory-backend-memfd,share=on",
+            )
+        dirty_log, used_log_gpa = self._log_of(index)
+        virtqueue = Virtqueue(
+            self.memory,
+            state.num,
+            self.features,
+            desc_uva=state.desc_uva,
+            avail_uva=state.avail_uva,
+            used_uva=state.used_uva,
+            base=state.base,
+            call_fd=_eventfd(state.call),
+            log=dirty_log,
+            used_log_gpa=used_log_gpa,
+        )
+        self.device.ring_started(index, virtqueue, _eventfd(state.kick))
+        self.rings[index] = RunningRing(virtqueue)
+        self.device.ring_enabled(index, state.enabled)
+        virtqueue.set_live(True)
+        self.workers.nudge()
+
+    async def _stop_ring(self, index: int) -> int:
+        ring = self.rings[index]
+        drained = await self.device.ring_drain(index, DRAIN_DEADLINE_S)
+        ring.virtqueue.set_live(False)
+        self.workers.wait()
+        self.device.ring_stopped(index)
+        del self.rings[index]
+        self._retire(ring.virtqueue.memory)
+        if not drained:
+            raise GuestError(
+                f"{self.device.name}: ring {index}: requests still under way after "
+                f"{DRAIN_DEADLINE_S:g} s",
+                "see whether the storage answers; the front-end has to connect again",
+            )
+        return ring.virtqueue.base
+
+    def _set_call(self, index: int) -> None:
+        if index in self.rings:
+            call_fd = _eventfd(self.session.rings[index].call)
+            with self._held([index]) as virtqueues:
+                virtqueues[0].set_call(call_fd)
+
+    def _set_addresses(self, index: int) -> None:
+        if index not in self.rings:
+            return
+        state = self.session.rings[index]
+        with self._held([index]) as virtqueues:
+            virtqueues[0].set_addresses(
+                desc_uva=state.desc_uva, avail_uva=state.avail_uva, used_uva=state.used_uva
+            )
+            virtqueues[0].set_log(*self._log_of(index))
+
+
+def _map(region: s.MemoryRegion, fd: OwnedFd) -> RegionInfo:
+    mapping = Mapping(fd.fileno(), region.offset, region.size)
+    return RegionInfo(region.gpa, region.size, region.uva, mapping)
+
+
+def _close(fd: OwnedFd | None) -> None:
+    if fd is not None:
+        fd.close()
+
+
+def _eventfd(fd: OwnedFd | None) -> int:
+    """The number of a notification fd, -1 for none.
+
+    Only an eventfd will do: a worker writes to it, and a pipe or socket could be made to
+    block or to end it. Its blocking flag is cleared for the same reason.
+    """
+    if fd is None:
+        return -1
+    number = fd.fileno()
+    kind = os.readlink(f"/proc/self/fd/{number}")
+    if kind != "anon_inode:[eventfd]":
+        raise ProtocolError(f"a kick, call or error fd must be an eventfd, not {kind}")
+    os.set_blocking(number, False)
+    return number
+
+
+def _signal(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError, OSError):
+        os.eventfd_write(fd, 1)

@@ -1,0 +1,385 @@
+"""Sockets: listening, connecting, one front-end at a time for each device.
+
+The only module that waits for a front-end. Bytes go to the codec, messages to the
+session, effects to the data plane; what comes back is sent.
+"""
+
+import asyncio
+import contextlib
+import errno
+import grp
+import logging
+import os
+import socket
+import stat
+import weakref
+from typing import Any, ClassVar
+
+from vhostpy import fds, memory, session
+from vhostpy.dataplane import DataPlane
+from vhostpy.device import Device
+from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
+from vhostpy.protocol import Decoder, encode_reply
+
+log = logging.getLogger("vhostpy")
+
+RECEIVE_SIZE = 65536
+# A front-end that takes none of our replies for so long has hung.
+SEND_TIMEOUT_S = 10.0
+# A new front-end waits so long for the old one's session to be cleared away.
+HANDOVER_S = 2.0
+RECONNECT_MS = 50
+# sockaddr_un.sun_path of Linux, less the final NUL
+SOCKET_PATH_MAX = 107
+
+
+class Server:
+    """One device behind one socket.
+
+    Exactly one of `path` and `fd` is given. `client` connects to `path` instead of
+    listening there, again and again. `fd` is a listening or a connected socket.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        path: str | None = None,
+        fd: int | None = None,
+        client: bool = False,
+        mode: int | None = None,
+        group: str | None = None,
+    ) -> None:
+        self.device = device
+        self.path = path
+        self.fd = fd
+        self.client = client
+        self.mode = mode
+        self.group = group
+        self.connection: Connection | None = None
+        self.sessions = 0
+        self._task: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
+
+    async def start(self) -> None:
+        """Listens, or starts to connect. Raises ConfigError where that can't be."""
+        _watch_workers(self.device)
+        loop = asyncio.get_running_loop()
+        if self.fd is not None:
+            sock = _adopt(self.fd)
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                self._listener = sock
+                self._task = loop.create_task(self._accept(sock))
+            else:
+                self._task = loop.create_task(self._serve(sock))
+        elif self.client:
+            self._task = loop.create_task(self._connect())
+        else:
+            self._listener = _listen(self.path or "", self.mode, self.group)
+            self._task = loop.create_task(self._accept(self._listener))
+
+    async def close(self) -> None:
+        """Ends the session, if any, and removes the socket."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._listener is not None:
+            self._listener.close()
+            if self.path is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path)
+
+    def status(self) -> dict[str, Any]:
+        """Where the handshake stands, for people and programs."""
+        connection = self.connection
+        where = self.path if self.path is not None else f"fd {self.fd}"
+        if connection is None:
+            waits = "for a front-end to listen" if self.client else "for a front-end to connect"
+            handshake: dict[str, Any] = {"handshake": "not connected", "waits_for": waits}
+        else:
+            handshake = connection.session.status()
+        return {
+            "socket": where,
+            "connected": connection is not None,
+            "sessions": self.sessions,
+            **handshake,
+            "device": self.device.status(),
+        }
+
+    # Private ------------------------------------------------------------------------
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        serving: asyncio.Task[None] | None = None
+        try:
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                if serving is not None and not serving.done():
+                    await asyncio.wait([serving], timeout=HANDOVER_S)
+                if serving is not None and not serving.done():
+                    log.warning(
+                        "%s: refused a second front-end, one is connected\n"
+                        "  next: stop the first one, or give each its own --socket",
+                        self.device.name,
+                    )
+                    sock.close()
+                    continue
+                serving = loop.create_task(self._serve(sock))
+        finally:
+            if serving is not None:
+                serving.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await serving
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert self.path is not None
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                await loop.sock_connect(sock, self.path)
+            except OSError as error:
+                sock.close()
+                # The front-end may come at any time; a wrong path is told when one looks.
+                log.debug("%s: cannot connect yet: %s", self.device.name, error)
+            else:
+                await self._serve(sock)
+            await asyncio.sleep(RECONNECT_MS / 1000)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sessions += 1
+        self.connection = connection = Connection(self.device, sock)
+        log.info("%s: front-end connected", self.device.name)
+        try:
+            await connection.run()
+            log.info("%s: front-end disconnected", self.device.name)
+        except VhostpyError as error:
+            log.error("%s: session ended: %s", self.device.name, error)
+        except OSError as error:
+            log.error("%s: session ended: %s", self.device.name, error)
+        finally:
+            self.connection = None
+
+
+class Connection:
+    """One front-end's session on a connected socket."""
+
+    # Those whose rings and memory have to be looked at when a worker or a fault calls.
+    open: ClassVar[weakref.WeakSet["Connection"]] = weakref.WeakSet()
+
+    def __init__(self, device: Device, sock: socket.socket) -> None:
+        self.device = device
+        self.sock = sock
+        self.session = session.Session(device)
+        self.plane = DataPlane(device, self.session)
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Serves until the front-end goes; raises what ended the session otherwise."""
+        self.device.opened()
+        Connection.open.add(self)
+        reading = asyncio.ensure_future(self._read())
+        try:
+            await asyncio.wait([reading, self._failure], return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            await reading
+        finally:
+            Connection.open.discard(self)
+            self._failure.cancel()
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, VhostpyError, OSError):
+                await reading
+            self.sock.close()
+            try:
+                await self.plane.close()
+            finally:
+                self.session.close()
+
+    def look_after(self) -> None:
+        """Called when a worker or a contained fault asks for attention."""
+        try:
+            self.plane.look_after()
+        except VhostpyError as error:
+            if not self._failure.done():
+                self._failure.set_exception(error)
+
+    async def _read(self) -> None:
+        decoder = Decoder()
+        while True:
+            await _ready(self.sock, write=False)
+            try:
+                data, received = fds.receive(self.sock, RECEIVE_SIZE)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                return
+            if not data:
+                for fd in received:
+                    fd.close()
+                decoder.close()
+                return
+            for message in decoder.feed(data, received):
+                await self._handle(message)
+                # One message a turn of the loop: a flood of them starves no other session.
+                await asyncio.sleep(0)
+
+    async def _handle(self, message: Any) -> None:
+        error: VhostpyError | None = None
+        try:
+            for effect in self.session.handle(message):
+                await self._do(effect)
+        except VhostpyError as caught:
+            error = caught
+        except OSError as caught:
+            # EMFILE, ENOMEM: the front-end asked for more than this process may have.
+            error = ProtocolError(f"{self.device.name}: {message.request!r}: {caught}")
+        for effect in self.session.done(message, error):
+            await self._do(effect)
+
+    async def _do(self, effect: session.Effect) -> None:
+        if isinstance(effect, session.Reply):
+            await self._send(encode_reply(effect.request, effect.payload), effect.fds)
+        elif isinstance(effect, session.StopRing):
+            base = await self.plane.carry_out(effect)
+            for follow_up in self.session.ring_stopped(effect.index, base):
+                await self._do(follow_up)
+        else:
+            await self.plane.carry_out(effect)
+
+    async def _send(self, data: bytes, out_fds: Any) -> None:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            while data:
+                try:
+                    sent = fds.send(self.sock, data, out_fds)
+                except BlockingIOError:
+                    await _ready(self.sock, write=True)
+                    continue
+                data, out_fds = data[sent:], ()
+
+
+# Faults and workers ------------------------------------------------------------------
+
+
+def _watch_workers(device: Device) -> None:
+    """Has the running loop look after all sessions when a worker or a fault calls."""
+    loop = asyncio.get_running_loop()
+    for fd in (memory.poison_fd(), device.workers.attention_fd):
+        loop.add_reader(fd, _look_after_all, fd)
+
+
+def _look_after_all(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(fd)
+    for connection in list(Connection.open):
+        connection.look_after()
+
+
+# Sockets -----------------------------------------------------------------------------
+
+
+async def _ready(sock: socket.socket, *, write: bool) -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    number = sock.fileno()
+
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    if write:
+        loop.add_writer(number, wake)
+    else:
+        loop.add_reader(number, wake)
+    try:
+        await future
+    finally:
+        if write:
+            loop.remove_writer(number)
+        else:
+            loop.remove_reader(number)
+
+
+def _adopt(fd: int) -> socket.socket:
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ConfigError(f"--fd {fd} is not a socket", "pass a Unix stream socket")
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ConfigError(
+            f"--fd {fd}: {os.strerror(error.errno or 0)}", "pass an open Unix stream socket"
+        ) from None
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        raise ConfigError(f"--fd {fd} is not a Unix stream socket", "pass a Unix stream socket")
+    sock.setblocking(False)
+    return sock
+
+
+def _listen(path: str, mode: int | None, group: str | None) -> socket.socket:
+    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+        raise ConfigError(
+            f"socket path has {len(os.fsencode(path))} bytes, the system allows {SOCKET_PATH_MAX}",
+            "choose a shorter path",
+        )
+    gid = _gid(group)
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    # The socket gets its permissions before anybody can connect: bind, chmod, listen.
+    try:
+        sock.bind(path)
+        if mode is not None:
+            os.chmod(path, mode)
+        if gid is not None:
+            os.chown(path, -1, gid)
+        sock.listen(16)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            hint = "stop the process that just took it, or choose another path"
+        elif error.errno == errno.ENOENT:
+            hint = f"create {os.path.dirname(path) or '.'} first"
+        else:
+            hint = "choose a path and a group that this user may use"
+        raise ConfigError(
+            f"cannot listen on {path}: {os.strerror(error.errno or 0)}", hint
+        ) from None
+    return sock
+
+
+def _gid(group: str | None) -> int | None:
+    if group is None:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"no group {group!r} on this system", "getent group lists them") from None
+
+
+def _remove_stale(path: str) -> None:
+    """Removes a dead socket; refuses to touch anything else."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ConfigError(f"{path} exists and is not a socket", "choose another path")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"cannot look at {path}: {os.strerror(error.errno or 0)}", "choose another path"
+        ) from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            pass  # full backlog, or a socket of another type: somebody is there
+    raise ConfigError(
+        f"{path} is in use by a running process",
+        "stop that process, or choose another --socket",
+    )
