@@ -42,7 +42,7 @@ def extensions():
         Extension(
             path.removesuffix(".pyx").replace("/", "."),
             [path],
-            depends=["vhostpy/_hw.h"],
+            depends=["vhostpy/_hw.h", "vhostpy/_sigbus.h"],
             include_dirs=["vhostpy"],
             extra_compile_args=CFLAGS,
             extra_link_args=LDFLAGS,
@@ -53,7 +53,7 @@ def extensions():
 
 setup(
     packages=find_packages(include=["vhostpy*"]),
-    package_data={"": ["*.pxd", "*.pyx", "_hw.h"]},
+    package_data={"": ["*.pxd", "*.pyx", "_hw.h", "_sigbus.h"]},
     ext_modules=cythonize(
         extensions(),
         compiler_directives=DIRECTIVES,

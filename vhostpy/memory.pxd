@@ -57,6 +57,10 @@ cdef void log_mark(const LogMap *log, uint64_t gpa, uint64_t length) noexcept no
 # atomically; pages past the end of the log are ignored (CVE-2019-14835). The caller
 # has put one full fence between its stores to guest memory and this.
 
+cdef void poison(const void *hva) noexcept nogil
+# A system call said EFAULT for guest memory at `hva`: marks its mapping as SIGBUS
+# would. Ignores addresses that are in no mapping. Any thread.
+
 cdef class Mapping:
     # One mmap of a front-end's fd; unmapped when the last generation that holds it goes.
     cdef uint8_t *base      # page-aligned address of the mmap
@@ -64,18 +68,29 @@ cdef class Mapping:
     cdef readonly uint64_t page_size
     cdef uint8_t *data      # where the region starts inside it
     cdef readonly uint64_t size
-    cdef int slot           # in the SIGBUS table
+    cdef int slot           # in the SIGBUS table; -1: none
+
+cdef class RegionInfo:
+    # What the front-end said about a region, and where it is mapped. Frozen.
+    cdef readonly uint64_t gpa
+    cdef readonly uint64_t size
+    cdef readonly uint64_t uva
+    cdef readonly Mapping mapping
 
 cdef class GuestMemory:
     # A generation: an immutable set of regions, and a count of who still uses it.
+    # Freed while `references` > 0, it leaks its mappings rather than pull them away.
     cdef MemoryMap map
     cdef int64_t references     # asynchronous requests under way; atomic
     cdef readonly tuple mappings
     cdef readonly tuple regions  # of RegionInfo, in the order of gpa
     cdef readonly uint64_t number
     cdef uint8_t *hva_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil
+    # Where `length` > 0 bytes at the front-end's address `uva` are; NULL unless one
+    # region holds them all. Where regions alias, any of them may serve.
+    cdef list segments_of(self, object gpa, object length)
 
 cdef class DirtyLog:
     # The shared log of one SET_LOG_BASE.
     cdef LogMap map
-    cdef Mapping mapping
+    cdef readonly Mapping mapping

@@ -1,0 +1,529 @@
+"""Guest memory: mappings, translation, dirty log, SIGBUS.
+
+Knows addresses and bytes; knows no ring, no message and no socket. Nothing here
+populates, locks or registers guest memory: pages that a balloon or virtio-mem has
+given up would come back, or be written to behind the guest's back.
+"""
+import errno
+import fcntl
+import os
+import stat
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_INCREF
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from vhostpy._hw cimport atomic_add_i64, atomic_or_u8, read_once_u8, unlikely
+from vhostpy._spec cimport Limit
+
+from vhostpy.errors import GuestError, ProtocolError
+
+
+cdef extern from "_sigbus.h" nogil:
+    int sigbus_event
+    int sigbus_install()
+    int sigbus_add(void *, uint64_t, uint64_t)
+    void sigbus_remove(int)
+    int sigbus_find(uint64_t)
+    void sigbus_mark(int)
+    bint sigbus_poisoned(int)
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_SHARED
+        MAP_NORESERVE
+        MADV_DONTDUMP
+    void *MAP_FAILED
+    void *mmap(void *, size_t, int, int, int, int64_t)
+    int munmap(void *, size_t)
+    int madvise(void *, size_t, int)
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_t "statfs":
+        long f_type
+        long f_bsize
+    int fstatfs(int, statfs_t *)
+
+cdef enum:
+    HUGETLBFS = 0x958458F6
+
+cdef uint64_t UINT64_MAX = 0xFFFFFFFFFFFFFFFF
+# The longest Segment: its length is 32 bits, and pieces stay page-aligned.
+cdef uint64_t PIECE_MAX = 0xFFFFF000
+# Address space for all mappings together, of 128 TiB: a sparse file costs its sender
+# nothing and would leave no address for anybody else.
+cdef int64_t MAPPED_MAX = <int64_t>1 << 46
+cdef int64_t mapped_total = 0
+cdef int64_t generations = 0
+cdef int64_t generations_leaked = 0
+
+# statfs(2), "Filesystem types": local ones, whose page faults end. A fault on FUSE or
+# NFS may wait for a server for ever, and a worker with it. overlayfs keeps what is
+# written in a local upper layer.
+LOCAL_FILE_SYSTEMS = {
+    0x01021994: "tmpfs",
+    HUGETLBFS: "hugetlbfs",
+    0x858458F6: "ramfs",
+    0xEF53: "ext2/3/4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0xF2F52010: "f2fs",
+    0xCA451A4E: "bcachefs",
+    0x2FC12FC1: "zfs",
+    0x794C7630: "overlayfs",
+}
+# Only for naming them in the refusal.
+OTHER_FILE_SYSTEMS = {
+    0x65735546: "FUSE",
+    0x6969: "NFS",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB2",
+    0x01021997: "9p",
+    0x00C36400: "Ceph",
+    0x01161970: "GFS2",
+    0x7461636F: "OCFS2",
+}
+SHARE_HINT = (
+    "give the front-end's guest memory as shared memory, for QEMU:"
+    " -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
+)
+COUNT_HINT = "raise vm.max_map_count, or serve fewer sockets with one process"
+
+
+def install_sigbus_handler() -> None:
+    """Contains SIGBUS on mappings from now on; may be called again at any time.
+
+    Faults elsewhere go to the handler that was there before, e.g. faulthandler's.
+    Each Mapping calls this: a handler that was installed over ours is put below it.
+    Threads that touch guest memory must not block SIGBUS: the kernel would kill.
+    """
+    cdef int error = sigbus_install()
+    if error:
+        raise OSError(error, f"SIGBUS handler: {os.strerror(error)}")
+
+
+def poison_fd() -> int:
+    """An eventfd, readable after a mapping was poisoned: look at each `poisoned`.
+
+    It belongs to this module: read it, don't close it.
+    """
+    install_sigbus_handler()
+    return sigbus_event
+
+
+def leaked_generations() -> int:
+    """Generations that went while requests were under way in them."""
+    return generations_leaked
+
+
+cdef void poison(const void *hva) noexcept nogil:
+    cdef int slot = sigbus_find(<uint64_t>hva)
+    if slot >= 0:
+        sigbus_mark(slot)
+
+
+cdef str size_text(uint64_t size):
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size and size % (<uint64_t>1 << shift) == 0:
+            return f"{size >> shift} {unit}"
+    return f"{size} bytes"
+
+
+cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) except 0:
+    """The page size of the file, if it can hold `size` bytes at `offset`."""
+    cdef statfs_t fs
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise ProtocolError(f"{what}: {error.strerror}", SHARE_HINT) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_HINT)
+    if fstatfs(fd, &fs) < 0:
+        raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_HINT)
+    kind = <uint64_t>fs.f_type & 0xFFFFFFFF
+    if kind not in LOCAL_FILE_SYSTEMS:
+        name = OTHER_FILE_SYSTEMS.get(kind, f"a file system of type {kind:#x}")
+        raise ProtocolError(
+            f"{what}: the file is on {name}, whose page faults may block for ever",
+            "keep guest memory in a memfd, on tmpfs, hugetlbfs or a local disk",
+        )
+    # Both are below 2**64, and Python's sum does not wrap.
+    if int(offset) + int(size) > status.st_size:
+        raise ProtocolError(
+            f"{what}: the file has only {size_text(status.st_size)}",
+            "the front-end's file must hold the whole region before it is sent",
+        )
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise ProtocolError(f"{what}: the fd is not open for reading and writing", SHARE_HINT)
+    return fs.f_bsize if kind == HUGETLBFS else os.sysconf("SC_PAGE_SIZE")
+
+
+@cython.final
+cdef class Mapping:
+    """`size` bytes of a file from `offset` on, neither of them page-aligned perhaps.
+
+    Keeps no fd. Raises ProtocolError if the file can't be mapped or isn't safe to.
+    """
+
+    def __cinit__(self):
+        self.slot = -1
+
+    def __init__(self, fd: int, offset: int, size: int):
+        cdef uint64_t start, pad
+        cdef void *base
+        cdef int file_number
+        if self.base != NULL:
+            raise TypeError("a mapping is made once")
+        what = f"cannot map {size_text(size) if 0 <= size < 2**64 else size} at offset {offset}"
+        if not 0 <= offset < 2**63:
+            raise ProtocolError(f"{what}: the offset is not below 2**63")
+        if not 0 < size < 2**63:
+            raise ProtocolError(f"{what}: the size is not from 1 to 2**63 - 1")
+        file_number = fd
+        install_sigbus_handler()
+        self.page_size = check_file(file_number, offset, size, what)
+        self.size = size
+        # fstat bounds offset + size, so none of these wraps. The end of the file bounds
+        # the mapping too: a hugetlbfs file consists of whole huge pages.
+        start = <uint64_t>offset & ~(self.page_size - 1)
+        pad = <uint64_t>offset - start
+        self.mapped = (pad + self.size + self.page_size - 1) & ~(self.page_size - 1)
+        if atomic_add_i64(&mapped_total, self.mapped) > MAPPED_MAX:
+            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
+            raise ProtocolError(
+                f"{what}: all mappings together would pass {size_text(MAPPED_MAX)}",
+                "a front-end should send only memory that its guest has",
+            )
+        with nogil:
+            base = mmap(NULL, self.mapped, PROT_READ | PROT_WRITE,
+                        MAP_SHARED | MAP_NORESERVE, file_number, <int64_t>start)
+        if base == MAP_FAILED:
+            error = c_errno
+            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
+            raise ProtocolError(
+                f"{what}: {errno.errorcode.get(error, error)} ({os.strerror(error)})",
+                COUNT_HINT if error == errno.ENOMEM else SHARE_HINT,
+            )
+        self.base = <uint8_t *>base
+        self.data = self.base + pad
+        madvise(base, self.mapped, MADV_DONTDUMP)
+        self.slot = sigbus_add(base, self.mapped, self.page_size)
+        if self.slot < 0:
+            raise ProtocolError(f"{what}: 65536 mappings are in use", COUNT_HINT)
+
+    def __dealloc__(self):
+        if self.slot >= 0:
+            sigbus_remove(self.slot)
+        if self.base != NULL:
+            munmap(self.base, self.mapped)
+            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
+
+    def __repr__(self):
+        return f"<Mapping of {size_text(self.size)} at {self.address:#x}>"
+
+    @property
+    def address(self) -> int:
+        """HVA of the first byte."""
+        return <uint64_t>self.data
+
+    @property
+    def poisoned(self) -> bool:
+        """The file was truncated or a page of it failed; what is read may be zeros."""
+        return self.slot >= 0 and sigbus_poisoned(self.slot)
+
+
+@cython.final
+cdef class RegionInfo:
+    """A region of guest memory (vhost-user, "Memory region description")."""
+
+    def __init__(self, gpa: int, size: int, uva: int, Mapping mapping not None):
+        for name, value in (("guest address", gpa), ("user address", uva), ("size", size)):
+            if not 0 <= value < 2**64:
+                raise ProtocolError(f"region: {name} {value} is not within 64 bits")
+        what = f"region of {size_text(size)} at guest address {gpa:#x}"
+        if size == 0:
+            raise ProtocolError(f"{what}: zero size")
+        if gpa + size > 2**64 or uva + size > 2**64:
+            raise ProtocolError(f"{what}, user address {uva:#x}: wraps at 2**64")
+        if size > mapping.size:
+            raise ProtocolError(f"{what}: only {size_text(mapping.size)} are mapped")
+        self.gpa = gpa
+        self.size = size
+        self.uva = uva
+        self.mapping = mapping
+
+    def __eq__(self, other):
+        if not isinstance(other, RegionInfo):
+            return NotImplemented
+        return (self.gpa, self.size, self.uva, self.mapping) == (
+            other.gpa, other.size, other.uva, other.mapping)
+
+    def __hash__(self):
+        return hash((self.gpa, self.size, self.uva))
+
+    def __repr__(self):
+        return f"RegionInfo(gpa={self.gpa:#x}, size={self.size:#x}, uva={self.uva:#x})"
+
+
+# translate() and log_mark() read only what control has checked: bounds, order, overlap.
+
+cdef inline uint32_t region_of(const MemoryMap *map, uint64_t gpa) noexcept nogil:
+    """Index of the region that holds `gpa`; map.count: none does."""
+    cdef uint32_t low = 0, high = map.count, middle
+    while low < high:                     # the first region that starts above gpa
+        middle = (low + high) >> 1
+        if map.regions[middle].gpa <= gpa:
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0 or gpa - map.regions[low - 1].gpa >= map.regions[low - 1].size:
+        return map.count
+    return low - 1
+
+
+cdef int translate(const MemoryMap *map, uint64_t gpa, uint64_t length,
+                   Segment *out, int limit, uint32_t *hint) noexcept nogil:
+    cdef uint32_t index = hint[0]
+    cdef const Region *region
+    cdef uint64_t offset, piece
+    cdef int count = 0
+    # The last byte must not wrap; a length of 0 fails here as well.
+    if unlikely(length - 1 > UINT64_MAX - gpa):
+        return TRANSLATE_FAULT
+    if index >= map.count or gpa - map.regions[index].gpa >= map.regions[index].size:
+        index = region_of(map, gpa)
+    while True:
+        if unlikely(index >= map.count):
+            return TRANSLATE_FAULT
+        region = &map.regions[index]
+        offset = gpa - region.gpa         # huge, if there is a hole before this region
+        if unlikely(offset >= region.size):
+            return TRANSLATE_FAULT
+        if unlikely(count >= limit):
+            return TRANSLATE_FULL
+        piece = min(min(region.size - offset, length), PIECE_MAX)
+        out[count].hva = region.hva + offset
+        out[count].gpa = gpa
+        out[count].length = <uint32_t>piece
+        count += 1
+        length -= piece
+        if length == 0:
+            hint[0] = index
+            return count
+        gpa += piece
+        if offset + piece == region.size:
+            index += 1
+
+
+cdef void log_mark(const LogMap *log, uint64_t gpa, uint64_t length) noexcept nogil:
+    cdef uint64_t page = gpa >> 12        # PAGE_LOG
+    cdef uint64_t last
+    cdef uint8_t *byte
+    cdef uint8_t bit
+    if length == 0:
+        return
+    last = (UINT64_MAX if length - 1 > UINT64_MAX - gpa else gpa + (length - 1)) >> 12
+    while page <= last:
+        if unlikely(page >> 3 >= log.size):
+            return                        # CVE-2019-14835: no bit past the log
+        byte = log.bits + (page >> 3)
+        bit = <uint8_t>(1 << (page & 7))
+        # An unconditional locked or costs 13-31 cycles, the test 1-4.
+        if not read_once_u8(byte) & bit:
+            atomic_or_u8(byte, bit)
+        page += 1
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class GuestMemory:
+    """One immutable generation of a front-end's memory table.
+
+    Regions may alias in the front-end's addresses (some boards show RAM twice), not
+    in the guest's. Raises ProtocolError on overlap, or more than 509 regions.
+    """
+
+    def __init__(self, regions):
+        cdef RegionInfo info, previous = None
+        cdef uint32_t i
+        if self.regions is not None:
+            raise TypeError("a generation is immutable")
+        ordered = []
+        for info in regions:
+            if info is None:
+                raise TypeError("a region must be a RegionInfo")
+            ordered.append(info)
+        ordered.sort(key=lambda region: region.gpa)
+        if len(ordered) > Limit.MEM_SLOTS_MAX:
+            raise ProtocolError(
+                f"memory table: {len(ordered)} regions, at most {<int>Limit.MEM_SLOTS_MAX}")
+        for info in ordered:
+            # RegionInfo holds gpa + size <= 2**64; differences of 64 bits don't wrap.
+            if previous is not None and info.gpa - previous.gpa < previous.size:
+                raise ProtocolError(f"memory table: {info!r} overlaps {previous!r}")
+            previous = info
+        self.map.regions = <Region *>malloc(max(len(ordered), 1) * sizeof(Region))
+        if self.map.regions == NULL:
+            raise MemoryError
+        for i in range(<uint32_t>len(ordered)):
+            info = ordered[i]
+            self.map.regions[i].gpa = info.gpa
+            self.map.regions[i].size = info.size
+            self.map.regions[i].uva = info.uva
+            self.map.regions[i].hva = info.mapping.data
+        self.map.count = <uint32_t>len(ordered)
+        self.regions = tuple(ordered)
+        self.mappings = tuple([info.mapping for info in ordered])
+        self.number = <uint64_t>atomic_add_i64(&generations, 1)
+
+    def __dealloc__(self):
+        if self.references > 0 and self.mappings is not None:
+            # The kernel or a library may still write there: a leak, not a crash.
+            Py_INCREF(self.mappings)
+            atomic_add_i64(&generations_leaked, 1)
+            return
+        free(self.map.regions)
+
+    def __repr__(self):
+        return f"<GuestMemory {self.number}: {list(self.regions or ())}>"
+
+    cdef uint8_t *hva_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil:
+        cdef uint32_t i
+        cdef const Region *region
+        cdef uint64_t offset
+        for i in range(self.map.count):
+            region = &self.map.regions[i]
+            offset = uva - region.uva
+            if offset < region.size and length - 1 < region.size - offset:
+                return region.hva + offset
+        return NULL
+
+    @property
+    def in_use(self) -> int:
+        """Asynchronous requests under way: while there are any, keep the generation."""
+        return atomic_add_i64(&self.references, 0)
+
+    @property
+    def poisoned(self) -> bool:
+        """Some of it was truncated: its session is to be ended."""
+        return any(mapping.poisoned for mapping in self.mappings)
+
+    def poison(self) -> None:
+        """Poisons all of it, e.g. after a system call's EFAULT that names no address."""
+        cdef Mapping mapping
+        for mapping in self.mappings:
+            sigbus_mark(mapping.slot)
+
+    def hva(self, uva: int, length: int) -> int:
+        """Our address of `length` bytes at the front-end's `uva`, within one region.
+
+        Raises ProtocolError if any byte is in no region.
+        """
+        cdef uint8_t *found = NULL
+        if 0 <= uva < 2**64 and 0 < length < 2**64:
+            found = self.hva_of_uva(uva, length)
+        if found == NULL:
+            raise ProtocolError(
+                f"user address {uva:#x}, {length} bytes: not within one memory region")
+        return <uint64_t>found
+
+    cdef list segments_of(self, object gpa, object length):
+        """(HVA, bytes) pairs; the one way in for Python, with translate()'s checks."""
+        cdef Segment *segments
+        cdef uint32_t hint = 0
+        cdef int limit, count, i
+        count = TRANSLATE_FAULT
+        if 0 <= gpa < 2**64 and 0 < length <= MAPPED_MAX:
+            limit = <int>(self.map.count + length // PIECE_MAX + 1)
+            segments = <Segment *>malloc(limit * sizeof(Segment))
+            if segments == NULL:
+                raise MemoryError
+            count = translate(&self.map, gpa, length, segments, limit, &hint)
+            try:
+                if count > 0:
+                    return [(<uint64_t>segments[i].hva, segments[i].length)
+                            for i in range(count)]
+            finally:
+                free(segments)
+        raise GuestError(f"guest address {gpa:#x}, {length} bytes: not all is guest memory")
+
+    def translate(self, gpa: int, length: int) -> list[tuple[int, int]]:
+        """Host ranges for `length` > 0 bytes at guest address `gpa`.
+
+        Returns (HVA, bytes) pairs in order; several where regions meet.
+        Raises GuestError if any byte is unmapped or gpa + length passes 2**64.
+        Source: vhost-user, "Memory region description".
+        """
+        return self.segments_of(gpa, length)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """A copy of guest memory. Raises GuestError as translate() does."""
+        cdef uint64_t address, offset = 0
+        cdef uint32_t piece
+        cdef char *target
+        segments = self.segments_of(gpa, length)
+        data = PyBytes_FromStringAndSize(NULL, length)
+        target = PyBytes_AS_STRING(data)
+        for address, piece in segments:
+            with nogil:
+                memcpy(target + offset, <const void *>address, piece)
+            offset += piece
+        return data
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Copies into guest memory; all or nothing. Raises GuestError as translate() does."""
+        cdef uint64_t address, offset = 0
+        cdef uint32_t piece
+        cdef const char *source
+        data = bytes(data)
+        if not data:
+            return
+        source = PyBytes_AS_STRING(data)
+        for address, piece in self.segments_of(gpa, len(data)):
+            with nogil:
+                memcpy(<void *>address, source + offset, piece)
+            offset += piece
+
+
+@cython.final
+cdef class DirtyLog:
+    """The front-end's log of dirty pages (vhost-user, "Migration")."""
+
+    def __init__(self, fd: int, offset: int, size: int):
+        if self.mapping is not None:
+            raise TypeError("a log is made once")
+        self.mapping = Mapping(fd, offset, size)
+        self.map.size = self.mapping.size
+        self.map.bits = self.mapping.data
+
+    @property
+    def poisoned(self) -> bool:
+        """The log was truncated: its session is to be ended."""
+        return self.mapping.poisoned
+
+    def mark(self, gpa: int, length: int) -> None:
+        """Sets the bits of all pages of [gpa, gpa + length) that the log covers."""
+        if not (0 <= gpa < 2**64 and 0 <= length < 2**64):
+            raise ValueError(f"[{gpa:#x}, +{length:#x}) is not within 64 bits")
+        cdef uint64_t first = gpa, bytes_ = length
+        with nogil:
+            log_mark(&self.map, first, bytes_)
+
+    def pages(self) -> list[int]:
+        """Numbers of the pages whose bits are set."""
+        cdef uint64_t i
+        cdef int bit
+        cdef uint8_t byte
+        found = []
+        for i in range(self.map.size):
+            byte = read_once_u8(self.map.bits + i)
+            for bit in range(8):
+                if byte >> bit & 1:
+                    found.append(i * 8 + bit)
+        return found
