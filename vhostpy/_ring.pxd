@@ -2,6 +2,7 @@
 
 Callers move bursts of chains; only this module knows how a ring is laid out.
 """
+cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy.memory cimport DirtyLog, GuestMemory, LogMap, MemoryMap, Segment
 
@@ -43,11 +44,14 @@ cdef struct Scratch:
 
 cdef struct Ring          # private to _ring.pyx
 
+@cython.final
 cdef class Virtqueue:
     # The back-end's side. Published (`live`): the workers own it. Held: control does.
     cdef Ring *ring
     cdef readonly GuestMemory memory
     cdef readonly DirtyLog log
+    cdef readonly uint64_t features
+    cdef tuple uvas                                    # of descriptors, avail, used
 
     # Workers' side. --------------------------------------------------------------
     cdef bint is_live(self) noexcept nogil
@@ -70,9 +74,27 @@ cdef class Virtqueue:
     cdef bint arm(self) noexcept nogil
     # Asks the driver for kicks; True when chains are already there (do not sleep).
     cdef void disarm(self) noexcept nogil
-    cdef int64_t inflight                              # popped and not yet pushed
+    cdef readonly int64_t inflight                     # popped and not yet pushed
 
+cdef struct DriverRing    # private to _ring.pyx
+
+cdef struct UsedEntry:
+    uint32_t id            # what add_chain() returned
+    uint32_t length        # bytes that the device says it wrote
+
+@cython.final
 cdef class DriverVirtqueue:
     # The driver's side of the same ring, in memory that this process owns.
-    cdef Ring *ring
-    cdef object keep
+    cdef DriverRing *ring
+    cdef readonly GuestMemory memory
+    cdef readonly uint64_t features
+    cdef int add_chain(self, const Segment *pieces, int readable, int writable) noexcept nogil
+    # Adds a chain of readable, then writable pieces (`gpa` and `length` count); its id,
+    # or -1 when too few descriptors are free. Not visible to the device before publish().
+    cdef int add_table(self, uint64_t gpa, uint32_t length) noexcept nogil
+    # The same for an indirect table that lies at `gpa` already.
+    cdef bint publish(self) noexcept nogil
+    # Makes added chains visible; True when the device asks for a kick.
+    cdef int collect(self, UsedEntry *out, int limit) noexcept nogil
+    # Chains that the device gave back, up to `limit`; RING_BROKEN if it gives back what
+    # it does not have.
