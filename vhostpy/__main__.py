@@ -1,0 +1,7 @@
+"""`python -m vhostpy` is `vhostpy`."""
+
+import sys
+
+from vhostpy.cli import main
+
+sys.exit(main())

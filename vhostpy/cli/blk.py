@@ -1,0 +1,141 @@
+"""`vhostpy blk`: a disk behind a vhost-user socket."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from vhostpy.cli.options import (
+    Once,
+    Parser,
+    add_process_flags,
+    bad,
+    check_fd,
+    check_process_flags,
+    device_names,
+    disk_size,
+    format_size,
+)
+
+if TYPE_CHECKING:
+    from vhostpy.app import App
+
+# QEMU refuses a disk with fewer queues than its guest has processors.
+QUEUES, QUEUES_MAX = 128, 256
+# virtio 1.3, "Block Device / Device Operation": VIRTIO_BLK_T_GET_ID returns 20 bytes.
+SERIAL_MAX = 20
+BLOCK_SIZES = (512, 1024, 2048, 4096)
+
+EXAMPLE = r"""
+a disk of 1 GiB in memory
+  vhostpy blk --socket /tmp/vb0 --ram 1G
+and the guest (its memory has to be shared):
+  qemu-system-x86_64 -m 512 -display none \
+    -object memory-backend-memfd,id=mem,size=512M,share=on -machine q35,memory-backend=mem \
+    -chardev socket,id=vb,path=/tmp/vb0 -device vhost-user-blk-pci,chardev=vb
+"""
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Serves until a signal; returns the exit status."""
+    if "--print-capabilities" in arguments:  # vhost-user: all else is ignored then
+        print(json.dumps({"type": "block", "features": ["read-only", "blk-file"]}))
+        return 0
+    parser = _parser(program)
+    options = parser.parse_args(arguments)
+    check_process_flags(parser, options)
+    if options.null is not None and options.read_only:
+        parser.error("--null has no contents to protect\nleave --read-only")
+    for fd in options.fds:
+        check_fd(fd)
+
+    from vhostpy.cli.process import serve
+
+    return serve(program, options, _build)
+
+
+def _parser(program: str) -> Parser:
+    parser = Parser(program, "A disk for a virtual machine.", EXAMPLE)
+    add_process_flags(parser, queues=QUEUES, queues_limit=QUEUES_MAX, many=False)
+    contents = parser.add_mutually_exclusive_group(required=True)
+    contents.add_argument(
+        "--file", "--blk-file", metavar="PATH", action=Once, help="a raw image or a block device"
+    )
+    contents.add_argument(
+        "--ram", metavar="SIZE", type=disk_size, action=Once,
+        help="memory, lost when this process ends; e.g. 1G",
+    )  # fmt: skip
+    contents.add_argument(
+        "--null", metavar="SIZE", type=disk_size, action=Once,
+        help="nothing: writes vanish, reads leave the guest's buffers alone; for measurements",
+    )  # fmt: skip
+    parser.add_argument("--read-only", action="store_true", help="the guest cannot write")
+    parser.add_argument(
+        "--serial", type=_serial, default="", action=Once,
+        help=f"what the guest sees as serial number, at most {SERIAL_MAX} bytes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--block-size", metavar="SIZE", type=_block_size, default=512, action=Once,
+        help="logical block size that the guest sees: 512 to 4K (default: 512)",
+    )  # fmt: skip
+    return parser
+
+
+def _build(options: argparse.Namespace) -> "App":
+    from vhostpy.app import App
+    from vhostpy.backends.disk import Disk
+    from vhostpy.server import Server
+    from vhostpy.worker import Workers
+
+    storage = _open_storage(options)
+    workers = Workers(options.workers, poll=options.poll, cpus=options.cpus)
+    (name,) = device_names(options.sockets, options.fds)
+    disk = Disk(
+        name,
+        storage,
+        workers,
+        queues=options.queues,
+        serial=options.serial,
+        block_size=options.block_size,
+        read_only=options.read_only,
+    )
+    server = Server(
+        disk,
+        path=options.sockets[0] if options.sockets else None,
+        fd=options.fds[0] if options.fds else None,
+        client=options.client,
+        mode=options.mode,
+        group=options.group,
+    )
+    return App("blk", workers=workers, servers=[server], control_path=options.control)
+
+
+def _open_storage(options: argparse.Namespace) -> Any:
+    if options.file is not None:
+        from vhostpy.backends.storage.file import FileStorage
+
+        return FileStorage(options.file, read_only=options.read_only, block_size=options.block_size)
+    if options.ram is not None:
+        from vhostpy.backends.storage.ram import RamStorage
+
+        return RamStorage(options.ram)
+    from vhostpy.backends.storage.null import NullStorage
+
+    return NullStorage(options.null)
+
+
+def _serial(text: str) -> str:
+    length = len(text.encode(errors="surrogateescape"))
+    if length > SERIAL_MAX or not text.isascii() or not text.isprintable():
+        raise bad(
+            f"serial number {text!r} ({length} bytes) does not fit virtio-blk",
+            f"at most {SERIAL_MAX} printable ASCII characters",
+        )
+    return text
+
+
+def _block_size(text: str) -> int:
+    size = disk_size(text)
+    if size not in BLOCK_SIZES:
+        possible = ", ".join(map(format_size, BLOCK_SIZES))
+        raise bad(f"block size {text} is not possible", f"one of {possible}")
+    return size

@@ -1,0 +1,62 @@
+"""`vhostpy stats`: counters per port and queue, and the reason of each drop."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vhostpy.cli.options import Once, Parser, add_target_flags
+from vhostpy.cli.target import ask, cell, print_json, show, table
+
+EXAMPLE = """
+the counters of the process that runs; then of one port, for a program
+  vhostpy stats
+  vhostpy stats vu0 --port vu1 --json
+"""
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Shows the counters; returns the exit status."""
+    parser = Parser(program, "Counters per port and queue.", EXAMPLE)
+    add_target_flags(parser)
+    parser.add_argument("--port", metavar="P", action=Once, help="only this port or disk")
+    options = parser.parse_args(arguments)
+    ports = ask(options, "stats", port=options.port)
+    if options.json:
+        print_json({"ports": ports})
+    else:
+        show(*(_table(port) for port in ports))
+    return 0
+
+
+def _table(port: dict[str, Any]) -> Any:
+    """Counters of a port: a row each, a column for each queue that ever did something."""
+    queues = [queue for queue in port.get("queues") or [] if isinstance(queue, dict)]
+    columns = [(_queue_name(queue, i), dict(_counters(queue))) for i, queue in enumerate(queues)]
+    columns = [column for column in columns if any(column[1].values())]
+    totals: dict[str, int] = dict(_counters(port))
+    for _, counters in columns:
+        for name, count in counters.items():
+            totals[name] = totals.get(name, 0) + count
+    title = f"{port['port']} ({port['socket']})"
+    headings = ["total", *(name for name, _ in columns)] if len(columns) > 1 else ["total"]
+    rows = table("counter", *headings, title=title, numbers=tuple(headings))
+    for name in totals:
+        # Reasons that never happened would hide the one that did.
+        if totals[name] or "." not in name:
+            cells = [totals[name], *(c.get(name, 0) for _, c in columns)][: len(headings)]
+            rows.add_row(cell(name.replace(".", ": ")), *map(str, cells))
+    return rows
+
+
+def _queue_name(queue: dict[str, Any], index: int) -> str:
+    return f"queue {queue.get('index', queue.get('queue', index))}"
+
+
+def _counters(part: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Names and counts; what lies in a map below, such as drops, as 'drops.name'."""
+    for name, value in part.items():
+        if isinstance(value, dict):
+            for below, count in value.items():
+                if type(count) is int:
+                    yield f"{name}.{below}", count
+        elif type(value) is int and name not in ("index", "queue"):
+            yield name, value

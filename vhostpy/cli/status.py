@@ -1,0 +1,169 @@
+"""`vhostpy status`: what runs; of each socket, where the handshake stands and what it waits for."""
+
+from pathlib import Path
+from typing import Any
+
+from vhostpy import control
+from vhostpy.cli.options import Parser, add_target_flags
+from vhostpy.cli.target import ask, cell, duration, percent, print_json, show, table
+from vhostpy.errors import VhostpyError
+
+EXAMPLE = """
+what runs; then one process, socket by socket
+  vhostpy status
+  vhostpy status vu0
+  vhostpy status vu0 --json
+"""
+
+# A process that hangs must not hold up the list of the others.
+LIST_TIMEOUT_S = 2.0
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Lists all processes, or shows one; returns the exit status."""
+    parser = Parser(program, "Shows what runs and what it waits for.", EXAMPLE)
+    add_target_flags(parser)
+    options = parser.parse_args(arguments)
+    if options.name is None and options.control is None:
+        return _list(options.json)
+    status = ask(options, "status")
+    if options.json:
+        print_json(status)
+    else:
+        _show_process(status)
+    return 0
+
+
+def _list(as_json: bool) -> int:
+    rows = [_summary(name, path) for name, path in control.running().items()]
+    if as_json:
+        print_json({"processes": rows})
+    elif not rows:
+        show("no vhostpy process runs; 'vhostpy --help' has an example")
+    else:
+        listing = table(
+            "name", "kind", "pid", "up", "sockets", "connected", "busy", "waits for",
+            numbers=("pid", "up", "sockets", "connected", "busy"),
+        )  # fmt: skip
+        for row in rows:
+            listing.add_row(*_summary_cells(row))
+        show(listing)
+    return 0
+
+
+def _summary(name: str, path: Path) -> dict[str, Any]:
+    """One process in the list, for people and for programs."""
+    try:
+        with control.Client(path, LIST_TIMEOUT_S) as client:
+            status = client.ask("status")
+    except VhostpyError as error:
+        return {"name": name, "control": str(path), "error": str(error.args[0])}
+    sockets = status["sockets"]
+    return {
+        # As the other commands take it: with a process number if the plain name was taken.
+        "name": name,
+        "control": str(path),
+        "kind": status["kind"],
+        "pid": status["pid"],
+        "uptime_s": status["uptime_s"],
+        "sockets": len(sockets),
+        "connected": sum(bool(socket["connected"]) for socket in sockets),
+        "busy_share": max((worker["busy_share"] for worker in status["workers"]), default=0.0),
+        "waits_for": sorted({s["waits_for"] for s in sockets if s.get("waits_for")}),
+    }
+
+
+def _summary_cells(row: dict[str, Any]) -> list[Any]:
+    if "error" in row:
+        return [cell(row["name"]), *["-"] * 6, cell(row["error"])]
+    return [
+        cell(row["name"]),
+        cell(row["kind"]),
+        str(row["pid"]),
+        duration(row["uptime_s"]),
+        str(row["sockets"]),
+        str(row["connected"]),
+        percent(row["busy_share"]),
+        cell("; ".join(row["waits_for"]) or "nothing"),
+    ]
+
+
+def _show_process(status: dict[str, Any]) -> None:
+    show(
+        cell(
+            f"{status['name']}: vhostpy {status['kind']} {status['version']}, "
+            f"process {status['pid']}, up {duration(status['uptime_s'])}, "
+            f"{status['memory_bytes'] / 1e6:.0f} MB"
+        ),
+        _sockets(status["sockets"]),
+        _devices(status["sockets"]),
+        _workers(status["workers"]),
+    )
+    if "switch" in status:
+        show(_facts("switch", status["switch"]))
+
+
+def _sockets(sockets: list[dict[str, Any]]) -> Any:
+    rows = table("socket", "handshake", "waits for", "rings", "sessions", numbers=("sessions",))
+    for socket in sockets:
+        rows.add_row(
+            cell(socket["socket"]),
+            cell(socket["handshake"]),
+            cell(socket.get("waits_for") or "nothing"),
+            cell(_rings(socket.get("rings") or [])),
+            str(socket.get("sessions", "")),
+        )
+    return rows
+
+
+def _rings(rings: Any) -> str:
+    """'4 started, 2 enabled'."""
+    if isinstance(rings, dict):
+        rings = list(rings.values())
+    if not rings:
+        return "none"
+    if not all(isinstance(ring, dict) for ring in rings):
+        return str(len(rings))
+    started = sum(bool(ring.get("started")) for ring in rings)
+    enabled = sum(bool(ring.get("started") and ring.get("enabled")) for ring in rings)
+    return f"{started} started, {enabled} enabled"
+
+
+def _devices(sockets: list[dict[str, Any]]) -> Any:
+    """The plain facts of every device; its counters are `stats`'s."""
+    devices = [socket.get("device") or {} for socket in sockets]
+    names: list[str] = []
+    for device in devices:
+        names += [
+            key for key, value in device.items() if _plain(value) and key not in (*names, "name")
+        ]
+    rows = table("device", *(name.replace("_", " ") for name in names))
+    for socket, device in zip(sockets, devices, strict=True):
+        rows.add_row(
+            cell(device.get("name", socket["socket"])),
+            *(cell(device.get(name, "-")) for name in names),
+        )
+    return rows
+
+
+def _workers(workers: list[dict[str, Any]]) -> Any:
+    rows = table("worker", "busy", "turns", "sleeps", numbers=("worker", "busy", "turns", "sleeps"))
+    for worker in workers:
+        rows.add_row(
+            str(worker["index"]),
+            percent(worker["busy_share"]),
+            str(worker["turns"]),
+            str(worker["sleeps"]),
+        )
+    return rows
+
+
+def _facts(title: str, facts: dict[str, Any]) -> Any:
+    names = [name for name, value in facts.items() if _plain(value)]
+    rows = table(*(name.replace("_", " ") for name in names), title=title)
+    rows.add_row(*(cell(facts[name]) for name in names))
+    return rows
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float) or value is None
