@@ -1,0 +1,71 @@
+# Everything starts here: `make` lists the targets. Each installs what it needs first.
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+BUILD  := $(PYTHON) setup.py -q build_ext --inplace --parallel 2
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-long bench lint annotate debug clean distclean
+
+help:           ## lists the targets
+	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+build:          ## builds the Cython modules in place, and .venv/bin/vhostpy
+	@tests/peers/install.sh build
+	@$(call compile,release,)
+
+demo:           ## two real guests on our switch, one with our disk; prints a table
+	@tests/peers/install.sh demo
+	@$(call compile,release,)
+	@$(PYTHON) -m tests.peers.demo
+
+test:           ## all tests, guests included; 10 minutes at most on two cores
+	@tests/peers/install.sh test
+	@$(call compile,release,)
+	@$(PYTEST) -m "not long"
+
+test-long:      ## soaks: hundreds of resets, kills and migrations
+	@tests/peers/install.sh test
+	@$(call compile,release,)
+	@$(PYTEST) -m long --timeout=3600
+
+bench:          ## start-up time, idle CPU, memory, throughput
+	@tests/peers/install.sh build
+	@$(call compile,release,)
+	@$(PYTEST) bench
+
+lint:           ## ruff, mypy, cython-lint
+	@tests/peers/install.sh build
+	@$(PYTHON) -m ruff check vhostpy backends vswitch tests bench setup.py
+	@$(PYTHON) -m mypy
+	@.venv/bin/cython-lint vhostpy backends vswitch
+
+annotate:       ## Cython's HTML beside each module: a hot function is white
+	@tests/peers/install.sh build
+	@VHOSTPY_ANNOTATE=1 $(BUILD) --force
+	@find -L vhostpy -name '*.html'
+
+debug:          ## the tests without guests, with Cython's checks, ASan and UBSan
+	@tests/peers/install.sh build
+	@$(call compile,debug,VHOSTPY_DEBUG=1)
+	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0 PYTHONMALLOC=malloc \
+		$(PYTEST) -m "not long and not guest"
+
+clean:          ## removes what was built
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find vhostpy/ backends vswitch \( -name '*.c' -o -name '*.so' -o -name '*.html' \) -delete
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@rm -f .venv/.built
+
+distclean: clean ## and .venv and .cache (QEMU 10, the guest kernel) too
+	@rm -rf .venv .cache
+
+# $(call compile,MODE,ENVIRONMENT): what is up to date is not compiled again, unless it was for
+# another mode. The command is installed once: it runs this tree.
+define compile
+	if [ "$$(cat .venv/.built 2>/dev/null)" = $(1) ]; then force=; else force=--force; fi; \
+	$(2) $(BUILD) $$force && \
+	{ [ -x .venv/bin/vhostpy ] || $(PYTHON) -m pip --disable-pip-version-check -q install \
+		--no-build-isolation --no-deps --editable .; } && \
+	echo $(1) >.venv/.built
+endef
