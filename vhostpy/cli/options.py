@@ -8,8 +8,7 @@ from typing import Any, NoReturn
 
 from vhostpy.errors import ConfigError
 
-# unix(7): sun_path has 108 bytes, and Linux wants room for the closing zero.
-SOCKET_PATH_MAX = 107
+SOCKET_PATH_MAX = 107  # unix(7): bytes of sun_path less the closing zero
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 TIME_UNITS_US = {"": 1, "us": 1, "ms": 1_000, "s": 1_000_000}
