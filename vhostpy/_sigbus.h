@@ -97,7 +97,9 @@ static void sigbus_handler(int number, siginfo_t *info, void *context)
     int error = errno;
     int sent = info->si_code <= 0;       /* by kill() or raise(): no address */
     uint32_t passed_on;
-    if (!sent && sigbus_contain((uint64_t)(uintptr_t)info->si_addr)) {
+    /* Zeros would not cure a misaligned access: it would fault for ever. */
+    if (!sent && info->si_code != BUS_ADRALN
+        && sigbus_contain((uint64_t)(uintptr_t)info->si_addr)) {
         errno = error;
         return;
     }

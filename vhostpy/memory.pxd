@@ -88,7 +88,7 @@ cdef class GuestMemory:
     cdef uint8_t *hva_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil
     # Where `length` > 0 bytes at the front-end's address `uva` are; NULL unless one
     # region holds them all. Where regions alias, any of them may serve.
-    cdef list segments_of(self, object gpa, object length)
+    cdef list segments_of(self, object gpa, object length, uint32_t hint)
 
 cdef class DirtyLog:
     # The shared log of one SET_LOG_BASE.

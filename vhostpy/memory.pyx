@@ -50,10 +50,6 @@ cdef extern from "<sys/vfs.h>" nogil:
         long f_bsize
     int fstatfs(int, statfs_t *)
 
-cdef enum:
-    HUGETLBFS = 0x958458F6
-
-cdef uint64_t UINT64_MAX = 0xFFFFFFFFFFFFFFFF
 # The longest Segment: its length is 32 bits, and pieces stay page-aligned.
 cdef uint64_t PIECE_MAX = 0xFFFFF000
 # Address space for all mappings together, of 128 TiB: a sparse file costs its sender
@@ -66,6 +62,7 @@ cdef int64_t generations_leaked = 0
 # statfs(2), "Filesystem types": local ones, whose page faults end. A fault on FUSE or
 # NFS may wait for a server for ever, and a worker with it. overlayfs keeps what is
 # written in a local upper layer.
+HUGETLBFS = 0x958458F6
 LOCAL_FILE_SYSTEMS = {
     0x01021994: "tmpfs",
     HUGETLBFS: "hugetlbfs",
@@ -171,15 +168,11 @@ cdef class Mapping:
     Keeps no fd. Raises ProtocolError if the file can't be mapped or isn't safe to.
     """
 
-    def __cinit__(self):
-        self.slot = -1
-
-    def __init__(self, fd: int, offset: int, size: int):
+    def __cinit__(self, fd: int, offset: int, size: int):
         cdef uint64_t start, pad
         cdef void *base
         cdef int file_number
-        if self.base != NULL:
-            raise TypeError("a mapping is made once")
+        self.slot = -1
         what = f"cannot map {size_text(size) if 0 <= size < 2**64 else size} at offset {offset}"
         if not 0 <= offset < 2**63:
             raise ProtocolError(f"{what}: the offset is not below 2**63")
@@ -235,14 +228,14 @@ cdef class Mapping:
     @property
     def poisoned(self) -> bool:
         """The file was truncated or a page of it failed; what is read may be zeros."""
-        return self.slot >= 0 and sigbus_poisoned(self.slot)
+        return sigbus_poisoned(self.slot)
 
 
 @cython.final
 cdef class RegionInfo:
     """A region of guest memory (vhost-user, "Memory region description")."""
 
-    def __init__(self, gpa: int, size: int, uva: int, Mapping mapping not None):
+    def __cinit__(self, gpa: int, size: int, uva: int, Mapping mapping not None):
         for name, value in (("guest address", gpa), ("user address", uva), ("size", size)):
             if not 0 <= value < 2**64:
                 raise ProtocolError(f"region: {name} {value} is not within 64 bits")
@@ -293,8 +286,8 @@ cdef int translate(const MemoryMap *map, uint64_t gpa, uint64_t length,
     cdef const Region *region
     cdef uint64_t offset, piece
     cdef int count = 0
-    # The last byte must not wrap; a length of 0 fails here as well.
-    if unlikely(length - 1 > UINT64_MAX - gpa):
+    # The last byte must not wrap around 2**64; a length of 0 is no range.
+    if unlikely(length == 0 or gpa + (length - 1) < gpa):
         return TRANSLATE_FAULT
     if index >= map.count or gpa - map.regions[index].gpa >= map.regions[index].size:
         index = region_of(map, gpa)
@@ -323,12 +316,14 @@ cdef int translate(const MemoryMap *map, uint64_t gpa, uint64_t length,
 
 cdef void log_mark(const LogMap *log, uint64_t gpa, uint64_t length) noexcept nogil:
     cdef uint64_t page = gpa >> 12        # PAGE_LOG
-    cdef uint64_t last
+    cdef uint64_t last = gpa + (length - 1)
     cdef uint8_t *byte
     cdef uint8_t bit
     if length == 0:
         return
-    last = (UINT64_MAX if length - 1 > UINT64_MAX - gpa else gpa + (length - 1)) >> 12
+    if last < gpa:                        # wraps at 2**64
+        last = ~<uint64_t>0
+    last >>= 12
     while page <= last:
         if unlikely(page >> 3 >= log.size):
             return                        # CVE-2019-14835: no bit past the log
@@ -349,11 +344,9 @@ cdef class GuestMemory:
     in the guest's. Raises ProtocolError on overlap, or more than 509 regions.
     """
 
-    def __init__(self, regions):
+    def __cinit__(self, regions):
         cdef RegionInfo info, previous = None
         cdef uint32_t i
-        if self.regions is not None:
-            raise TypeError("a generation is immutable")
         ordered = []
         for info in regions:
             if info is None:
@@ -409,6 +402,16 @@ cdef class GuestMemory:
         """Asynchronous requests under way: while there are any, keep the generation."""
         return atomic_add_i64(&self.references, 0)
 
+    def hold(self) -> None:
+        """A request starts that may touch guest memory after its caller has returned."""
+        atomic_add_i64(&self.references, 1)
+
+    def drop(self) -> None:
+        """It has ended. Raises ValueError if nobody holds."""
+        if atomic_add_i64(&self.references, -1) < 0:
+            atomic_add_i64(&self.references, 1)
+            raise ValueError(f"guest memory {self.number} is not held")
+
     @property
     def poisoned(self) -> bool:
         """Some of it was truncated: its session is to be ended."""
@@ -418,7 +421,7 @@ cdef class GuestMemory:
         """Poisons all of it, e.g. after a system call's EFAULT that names no address."""
         cdef Mapping mapping
         for mapping in self.mappings:
-            sigbus_mark(mapping.slot)
+            poison(mapping.data)
 
     def hva(self, uva: int, length: int) -> int:
         """Our address of `length` bytes at the front-end's `uva`, within one region.
@@ -433,13 +436,16 @@ cdef class GuestMemory:
                 f"user address {uva:#x}, {length} bytes: not within one memory region")
         return <uint64_t>found
 
-    cdef list segments_of(self, object gpa, object length):
-        """(HVA, bytes) pairs; the one way in for Python, with translate()'s checks."""
+    cdef list segments_of(self, object gpa, object length, uint32_t hint):
+        """(HVA, bytes) pairs, found as the workers find them."""
         cdef Segment *segments
-        cdef uint32_t hint = 0
+        cdef uint8_t *whole
         cdef int limit, count, i
         count = TRANSLATE_FAULT
         if 0 <= gpa < 2**64 and 0 < length <= MAPPED_MAX:
+            whole = translate_whole(&self.map, gpa, length, &hint)
+            if whole != NULL:
+                return [(<uint64_t>whole, length)]
             limit = <int>(self.map.count + length // PIECE_MAX + 1)
             segments = <Segment *>malloc(limit * sizeof(Segment))
             if segments == NULL:
@@ -453,21 +459,21 @@ cdef class GuestMemory:
                 free(segments)
         raise GuestError(f"guest address {gpa:#x}, {length} bytes: not all is guest memory")
 
-    def translate(self, gpa: int, length: int) -> list[tuple[int, int]]:
+    def translate(self, gpa: int, length: int, hint: int = 0) -> list[tuple[int, int]]:
         """Host ranges for `length` > 0 bytes at guest address `gpa`.
 
-        Returns (HVA, bytes) pairs in order; several where regions meet.
+        Returns (HVA, bytes) pairs in order; several where regions meet. `hint` is the
+        index of the region to look at first, and may be anything within 32 bits.
         Raises GuestError if any byte is unmapped or gpa + length passes 2**64.
         Source: vhost-user, "Memory region description".
         """
-        return self.segments_of(gpa, length)
+        return self.segments_of(gpa, length, hint)
 
     def read(self, gpa: int, length: int) -> bytes:
         """A copy of guest memory. Raises GuestError as translate() does."""
-        cdef uint64_t address, offset = 0
-        cdef uint32_t piece
+        cdef uint64_t address, piece, offset = 0
         cdef char *target
-        segments = self.segments_of(gpa, length)
+        segments = self.segments_of(gpa, length, 0)
         data = PyBytes_FromStringAndSize(NULL, length)
         target = PyBytes_AS_STRING(data)
         for address, piece in segments:
@@ -478,14 +484,13 @@ cdef class GuestMemory:
 
     def write(self, gpa: int, data: bytes) -> None:
         """Copies into guest memory; all or nothing. Raises GuestError as translate() does."""
-        cdef uint64_t address, offset = 0
-        cdef uint32_t piece
+        cdef uint64_t address, piece, offset = 0
         cdef const char *source
         data = bytes(data)
         if not data:
             return
         source = PyBytes_AS_STRING(data)
-        for address, piece in self.segments_of(gpa, len(data)):
+        for address, piece in self.segments_of(gpa, len(data), 0):
             with nogil:
                 memcpy(<void *>address, source + offset, piece)
             offset += piece
@@ -495,9 +500,7 @@ cdef class GuestMemory:
 cdef class DirtyLog:
     """The front-end's log of dirty pages (vhost-user, "Migration")."""
 
-    def __init__(self, fd: int, offset: int, size: int):
-        if self.mapping is not None:
-            raise TypeError("a log is made once")
+    def __cinit__(self, fd: int, offset: int, size: int):
         self.mapping = Mapping(fd, offset, size)
         self.map.size = self.mapping.size
         self.map.bits = self.mapping.data

@@ -1,0 +1,548 @@
+"""Attacks through the memory table: files that lie, shrink or block, ranges that wrap.
+
+Over a socket, beside an innocent session, they are in this directory's other files.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+
+import pytest
+
+from vhostpy.errors import GuestError, ProtocolError
+from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo, poison_fd
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+HUGE = 2 << 20
+UVA = 0x7F00_0000_0000
+HUGE_PAGES = f"/sys/kernel/mm/hugepages/hugepages-{HUGE >> 10}kB"
+
+
+@contextlib.contextmanager
+def memfd(size, huge=False):
+    flags = os.MFD_CLOEXEC
+    if huge:
+        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    fd = os.memfd_create("guest", flags)
+    try:
+        os.truncate(fd, size)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def region(fd, size, *, gpa=0, uva=UVA, offset=0):
+    return RegionInfo(gpa, size, uva, Mapping(fd, offset, size))
+
+
+def huge_page_count(which):
+    with open(f"{HUGE_PAGES}/{which}_hugepages") as file:
+        return int(file.read())
+
+
+def set_huge_pages(count):
+    with open(f"{HUGE_PAGES}/nr_hugepages", "w") as file:
+        file.write(str(count))
+
+
+@contextlib.contextmanager
+def huge_pages(count):
+    """Some huge pages of the machine, or a skip that says how to get them."""
+    raised = None
+    try:
+        if huge_page_count("free") < count:
+            before = huge_page_count("nr")
+            set_huge_pages(before + count)
+            raised = huge_page_count("nr")
+        if huge_page_count("free") < count:
+            pytest.skip("the kernel finds no free huge pages: memory is too fragmented")
+    except OSError as error:
+        pytest.skip(
+            f"no huge pages: run as root, or echo {count} > {HUGE_PAGES}/nr_hugepages: {error}"
+        )
+    try:
+        yield
+    finally:
+        if raised is not None and huge_page_count("nr") == raised:
+            set_huge_pages(before)
+
+
+@contextlib.contextmanager
+def small_pool(size):
+    """A directory on hugetlbfs that holds `size` bytes."""
+    with huge_pages(size // HUGE), tempfile.TemporaryDirectory() as directory:
+        mount = ["mount", "-t", "hugetlbfs", "-o", f"pagesize=2M,size={size}", "none", directory]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("cannot mount hugetlbfs: run as root")
+        try:
+            yield directory
+        finally:
+            subprocess.run(["umount", directory], check=True)
+
+
+@pytest.fixture(params=["4k", "huge"])
+def page_kind(request):
+    """(bytes of a page, whether memfds are to be huge)"""
+    if request.param == "4k":
+        yield PAGE, False
+    else:
+        with huge_pages(8):
+            yield HUGE, True
+
+
+def drain_poison():
+    with contextlib.suppress(BlockingIOError):
+        os.read(poison_fd(), 8)
+
+
+def poison_seen():
+    return bool(select.select([poison_fd()], [], [], 0)[0])
+
+
+# What is refused before it is mapped
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (0, 2 * PAGE + 1),
+        (2 * PAGE, 1),
+        (PAGE, PAGE + 1),
+        (2**63 - 1, 2),
+        (2**63, 1),
+        (2**64 - PAGE, 2 * PAGE),
+        (0, 2**63),
+        (0, 2**64 - 1),
+        (PAGE, 2**64 - PAGE),
+        (0, 0),
+        (-1, 1),
+        (0, -1),
+        (0, 2**70),
+    ],
+)
+def test_a_region_past_the_end_of_its_file_is_refused(offset, size):
+    """CVE-2020-10722: offset + size that wraps."""
+    with memfd(2 * PAGE) as fd, pytest.raises(ProtocolError, match="cannot map"):
+        Mapping(fd, offset, size)
+    with memfd(2 * PAGE) as fd, pytest.raises(ProtocolError, match="cannot map"):
+        DirtyLog(fd, offset, size)
+
+
+def test_the_refusal_names_both_sizes():
+    with memfd(PAGE) as fd, pytest.raises(ProtocolError) as caught:
+        Mapping(fd, PAGE, 1 << 30)
+    assert "cannot map 1 GiB at offset 4096: the file has only 4 KiB" in str(caught.value)
+
+
+def test_what_is_no_file_is_refused():
+    read_end, write_end = os.pipe()
+    directory = os.open("/tmp", os.O_RDONLY)
+    null = os.open("/dev/zero", os.O_RDWR)
+    plain = socket.socket()
+    fds = [read_end, write_end, directory, null, plain.fileno(), poison_fd()]
+    try:
+        for fd in fds:
+            with pytest.raises(ProtocolError) as caught:
+                Mapping(fd, 0, PAGE)
+            assert "neither a memfd nor a regular file" in str(caught.value)
+            assert "share=on" in caught.value.hint
+        with pytest.raises(ProtocolError, match="Bad file descriptor"):
+            Mapping(1 << 20, 0, PAGE)
+    finally:
+        plain.close()
+        for fd in (read_end, write_end, directory, null):
+            os.close(fd)
+
+
+@pytest.mark.parametrize("path", ["/proc/self/comm", "/sys/kernel/mm/ksm/run"])
+def test_files_whose_pages_are_made_by_others_are_refused(path):
+    """FUSE and NFS block in the page fault; only listed local file systems are mapped."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(ProtocolError, match="page faults may block") as caught:
+            Mapping(fd, 0, 1)
+        assert "memfd" in caught.value.hint
+    finally:
+        os.close(fd)
+
+
+def test_memory_that_cannot_be_written_is_refused():
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(PAGE)
+        for flags in (os.O_RDONLY, os.O_WRONLY):
+            fd = os.open(file.name, flags)
+            with pytest.raises(ProtocolError, match="not open for reading and writing"):
+                Mapping(fd, 0, PAGE)
+            os.close(fd)
+    fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    os.truncate(fd, PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    with pytest.raises(ProtocolError, match="EPERM"):
+        Mapping(fd, 0, PAGE)
+    os.close(fd)
+
+
+def test_a_sparse_file_cannot_take_all_addresses():
+    with memfd(1 << 45) as fd:
+        kept = Mapping(fd, 0, 1 << 45)
+        with pytest.raises(ProtocolError, match="all mappings together"):
+            for _ in range(3):
+                kept = [kept, Mapping(fd, 0, 1 << 45)]
+        del kept
+        for _ in range(5):  # what was refused or freed is not counted
+            Mapping(fd, 0, 1 << 45)
+    with memfd(2**62) as fd, pytest.raises(ProtocolError, match="all mappings together"):
+        Mapping(fd, 0, 2**62)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "uva", "size", "why"),
+    [
+        (0, UVA, 0, "zero size"),
+        (2**64 - PAGE + 1, UVA, PAGE, "wraps"),
+        (2**64 - 1, UVA, 2, "wraps"),
+        (0, 2**64 - 1, PAGE, "wraps"),
+        (0, UVA, PAGE + 1, "only 4 KiB are mapped"),
+        (0, 0, 2**64 - 1, "only 4 KiB are mapped"),
+        (2**64, UVA, 1, "64 bits"),
+        (-1, UVA, 1, "64 bits"),
+        (0, -1, 1, "64 bits"),
+        (0, UVA, 2**64, "64 bits"),
+    ],
+)
+def test_regions_that_wrap_or_are_empty_are_refused(gpa, uva, size, why):
+    with memfd(PAGE) as fd:
+        mapping = Mapping(fd, 0, PAGE)
+    with pytest.raises(ProtocolError, match=why):
+        RegionInfo(gpa, size, uva, mapping)
+
+
+@pytest.mark.parametrize("second", [(0, 1), (PAGE - 1, 2), (10, 5), (0, 3 * PAGE), (PAGE, PAGE)])
+def test_overlapping_regions_are_refused_in_either_order(second):
+    with memfd(4 * PAGE) as fd:
+        first = region(fd, 2 * PAGE, gpa=0)
+        gpa, size = second
+        other = region(fd, size, gpa=gpa, uva=2 * UVA)
+        for regions in ([first, other], [other, first]):
+            with pytest.raises(ProtocolError, match="overlaps"):
+                GuestMemory(regions)
+
+
+def test_ranges_that_wrap_around_to_the_first_region_are_faults():
+    """The last region ends at 2**64 and another starts at 0: they do not meet."""
+    with memfd(2 * PAGE) as fd:
+        memory = GuestMemory(
+            [region(fd, PAGE), region(fd, PAGE, gpa=2**64 - PAGE, uva=2 * UVA, offset=PAGE)]
+        )
+        assert memory.read(2**64 - PAGE, PAGE) == bytes(PAGE)
+        for gpa, length in [
+            (2**64 - 1, 2),
+            (2**64 - PAGE, PAGE + 1),
+            (2**64 - 1, 2**64 - 1),
+            (1, 2**64 - 1),
+            (0, 2**64 - 1),
+            (0, 0),
+            (PAGE - 1, 2),
+        ]:
+            for hint in (0, 1, 2**32 - 1):
+                with pytest.raises(GuestError):
+                    memory.translate(gpa, length, hint)
+
+
+def test_a_log_too_short_for_memory_is_never_written_past():
+    """CVE-2019-14835; the end of the log lies in the middle of its page here."""
+    with memfd(2 * PAGE) as fd:
+        os.pwrite(fd, b"\x55" * 2 * PAGE, 0)
+        log = DirtyLog(fd, 100, 2)
+        log.mark(0, 2**64 - 1)
+        log.mark(16 * 4096, 4096)
+        log.mark(2**64 - 1, 2**64 - 1)
+        assert os.pread(fd, 2 * PAGE, 0) == (
+            b"\x55" * 100 + b"\xff\xff" + b"\x55" * (2 * PAGE - 102)
+        )
+
+
+# Truncation
+
+
+def test_truncated_memory_reads_as_zeros_and_is_poisoned(page_kind):
+    page, huge = page_kind
+    drain_poison()
+    with memfd(2 * page, huge) as fd, memfd(page) as other_fd:
+        memory = GuestMemory([region(fd, 2 * page - 100, gpa=50, offset=100)])
+        innocent = GuestMemory([region(other_fd, page)])
+        innocent.write(0, b"innocent")
+        memory.write(50, b"guest")
+        os.truncate(fd, 0)
+        assert not memory.poisoned
+        assert memory.read(50, 2 * page - 100) == bytes(2 * page - 100)
+        assert memory.poisoned and poison_seen()
+        drain_poison()
+        memory.write(50 + page, b"still writable")
+        assert memory.read(50 + page, 14) == b"still writable"
+        assert not poison_seen()
+        assert not innocent.poisoned
+        assert innocent.read(0, 8) == b"innocent"
+        # a new generation of other memory does not inherit the flag
+        del memory
+        os.truncate(fd, 2 * page)
+        again = GuestMemory([region(fd, 2 * page)])
+        assert not again.poisoned
+        assert again.read(page, 8) == bytes(8)
+
+
+@contextlib.contextmanager
+def repeating(*works):
+    """Runs each in a thread of its own, over and over; yields once all have run."""
+    stop, failures = threading.Event(), []
+    running = threading.Barrier(len(works) + 1)
+
+    def repeat(work):
+        try:
+            work()
+            running.wait(30)
+            while not stop.is_set():
+                work()
+        except Exception as error:
+            failures.append(error)
+            running.abort()
+
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        running.wait(30)
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert failures == []
+
+
+@pytest.mark.parametrize("pages_kept", [0, 1])
+def test_truncation_under_threads_that_read_and_write_ends_none(page_kind, pages_kept):
+    page, huge = page_kind
+    size = 2 * HUGE
+    drain_poison()
+    with memfd(size, huge) as fd, memfd(size) as other_fd:
+        memory = GuestMemory([region(fd, size)])
+        innocent = GuestMemory([region(other_fd, size)])
+        innocent.write(0, b"\x5a" * size)
+
+        def read():
+            memory.read(0, size)
+
+        def write():
+            memory.write(0, b"\xa5" * size)
+
+        def check_innocent():
+            assert innocent.read(0, size) == b"\x5a" * size
+
+        with repeating(read, write, check_innocent):
+            os.truncate(fd, pages_kept * page)
+            assert select.select([poison_fd()], [], [], 30)[0]
+        assert memory.poisoned and not innocent.poisoned
+
+
+def test_only_the_truncated_mapping_of_a_memory_is_replaced():
+    with memfd(PAGE) as fd, memfd(PAGE) as other_fd:
+        memory = GuestMemory([region(fd, PAGE), region(other_fd, PAGE, gpa=PAGE, uva=2 * UVA)])
+        os.truncate(fd, 0)
+        memory.write(0, b"z" * 2 * PAGE)
+        assert [mapping.poisoned for mapping in memory.mappings] == [True, False]
+        assert os.pread(other_fd, PAGE, 0) == b"z" * PAGE
+
+
+def test_a_truncated_log_is_poisoned():
+    drain_poison()
+    with memfd(PAGE) as fd:
+        log = DirtyLog(fd, 0, PAGE)
+        os.truncate(fd, 0)
+        log.mark(5 * 4096, 1)
+        assert log.poisoned and poison_seen()
+        assert log.pages() == [5]
+
+
+def test_an_exhausted_huge_page_pool_is_contained_too():
+    """We reserve nothing: the front-end's file may be larger than the pool."""
+    drain_poison()
+    with small_pool(HUGE) as directory:
+        fd = os.open(f"{directory}/guest", os.O_RDWR | os.O_CREAT)
+        os.truncate(fd, 2 * HUGE)
+        memory = GuestMemory([region(fd, 2 * HUGE - 7, offset=7)])
+        os.close(fd)
+        memory.write(0, b"fits")
+        assert memory.read(0, 4) == b"fits"
+        assert not memory.poisoned
+        memory.write(HUGE, b"does not")
+        assert memory.poisoned and poison_seen()
+        del memory
+
+
+def test_punched_holes_read_as_zeros_and_are_no_fault(page_kind):
+    """Balloon, free-page reporting, virtio-mem: the memory is still the guest's."""
+    page, huge = page_kind
+    with memfd(2 * page, huge) as fd:
+        memory = GuestMemory([region(fd, 2 * page)])
+        memory.write(0, b"a" * 2 * page)
+        punch_hole(fd, 0, page)
+        assert memory.read(0, 2 * page) == bytes(page) + b"a" * page
+        memory.write(0, b"back")
+        assert GuestMemory([region(fd, 2 * page)]).read(0, 4) == b"back"
+        assert not memory.poisoned
+
+
+def punch_hole(fd, offset, length):
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_size, punch = 1, 2  # fallocate(2)
+    arguments = map(ctypes.c_long, (offset, length))
+    if libc.fallocate(fd, keep_size | punch, *arguments):
+        raise OSError(ctypes.get_errno(), errno.errorcode[ctypes.get_errno()])
+
+
+def test_an_efault_of_a_system_call_poisons_likewise():
+    drain_poison()
+    with memfd(PAGE) as fd:
+        memory = GuestMemory([region(fd, PAGE)])
+        other = GuestMemory([region(fd, PAGE)])
+        memory.poison()
+        assert memory.poisoned and poison_seen()
+        assert not other.poisoned
+
+
+def test_mappings_are_flat_after_a_thousand_truncations():
+    def attack():
+        with memfd(4 * PAGE) as fd:
+            memory = GuestMemory([region(fd, 4 * PAGE)])
+            os.truncate(fd, PAGE)
+            assert memory.read(2 * PAGE, 1) == b"\0"
+            assert memory.poisoned
+
+    def maps():
+        with open("/proc/self/maps") as file:
+            return len(file.readlines())
+
+    attack()
+    before = maps()
+    for _ in range(1000):
+        attack()
+    assert maps() <= before + 4
+
+
+# Faults that are not ours: each in a process of its own, which dies of them
+
+
+PREFIX = """
+import faulthandler, mmap, os, signal, sys
+from vhostpy.memory import GuestMemory, Mapping, RegionInfo
+
+def truncated(size=65536):
+    fd = os.memfd_create("x")
+    os.truncate(fd, size)
+    return fd
+
+def contained():
+    fd = truncated()
+    memory = GuestMemory([RegionInfo(0, 65536, 0, Mapping(fd, 0, 65536))])
+    os.truncate(fd, 0)
+    memory.read(0, 1)
+    assert memory.poisoned
+    return memory
+
+def foreign():
+    fd = truncated()
+    area = mmap.mmap(fd, 65536)
+    os.truncate(fd, 0)
+    return area[0]
+"""
+
+
+def run(body):
+    script = textwrap.dedent(PREFIX) + textwrap.dedent(body)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_foreign_fault_still_kills():
+    result = run("memory = contained(); print('before', flush=True); foreign(); print('after')")
+    assert (result.returncode, result.stdout) == (-signal.SIGBUS, "before\n")
+
+
+def test_a_fault_in_an_unmapped_mapping_is_foreign_again():
+    result = run("""
+        import ctypes
+        fd = truncated()
+        address = Mapping(fd, 0, 65536).address     # freed at once
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        MAP_SHARED_FIXED = 0x11
+        got = libc.mmap(ctypes.c_void_p(address), ctypes.c_long(65536), 3, MAP_SHARED_FIXED,
+                        fd, ctypes.c_long(0))
+        assert got == address
+        os.truncate(fd, 0)
+        print("before", flush=True)
+        ctypes.string_at(address, 1)
+        print("after")
+    """)
+    assert (result.returncode, result.stdout) == (-signal.SIGBUS, "before\n")
+
+
+@pytest.mark.parametrize("order", ["before", "after", "between"])
+def test_faulthandler_still_reports_foreign_faults(order):
+    """It is below our handler, also if it was enabled later and another mapping came."""
+    enable = "faulthandler.enable()\n"
+    body = {
+        "before": f"{enable}memory = contained()\nforeign()",
+        "after": f"memory = contained()\n{enable}foreign()",
+        "between": f"memory = contained()\n{enable}memory = contained()\nforeign()",
+    }[order]
+    result = run(body)
+    assert result.returncode == -signal.SIGBUS
+    assert result.stderr.count("Fatal Python error: Bus error") == 1
+    assert "in foreign" in result.stderr
+
+
+def test_a_signal_that_somebody_sent_goes_to_the_handler_before_ours():
+    result = run("""
+        signal.signal(signal.SIGBUS, lambda *_: print("handled"))
+        memory = contained()
+        os.kill(os.getpid(), signal.SIGBUS)
+        signal.signal(signal.SIGBUS, signal.SIG_IGN)
+        memory = contained()
+        os.kill(os.getpid(), signal.SIGBUS)
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
+        memory = contained()
+        print("before", flush=True)
+        os.kill(os.getpid(), signal.SIGBUS)
+        print("after")
+    """)
+    assert (result.returncode, result.stdout) == (-signal.SIGBUS, "handled\nbefore\n")
+
+
+def test_errno_survives_a_contained_fault():
+    result = run("""
+        import ctypes
+        fd = truncated()
+        memory = GuestMemory([RegionInfo(0, 65536, 0, Mapping(fd, 0, 65536))])
+        os.truncate(fd, 0)
+        ctypes.set_errno(77)
+        libc = ctypes.CDLL(None, use_errno=True)
+        target = ctypes.create_string_buffer(8)
+        libc.memcpy(target, ctypes.c_void_p(memory.hva(0, 8)), ctypes.c_size_t(8))
+        assert memory.poisoned
+        print(ctypes.get_errno())
+    """)
+    assert (result.returncode, result.stdout) == (0, "77\n")
