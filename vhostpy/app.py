@@ -20,6 +20,7 @@ from vhostpy import control
 from vhostpy.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vhostpy.backends.storage._storage import Storage
     from vhostpy.server import Server
     from vhostpy.vswitch.switch import Switch
     from vhostpy.worker import Workers
@@ -41,11 +42,13 @@ class App:
         servers: Sequence["Server"],
         switch: "Switch | None" = None,
         control_path: str | None = None,
+        storages: "Sequence[Storage]" = (),
     ) -> None:
         self.kind = kind
         self.workers = workers
         self.servers = list(servers)
         self.switch = switch
+        self.storages = storages
         self.name = self.servers[0].device.name if self.servers else kind
         self.control: control.ControlServer | None = None
         self._control_path = control_path
@@ -184,6 +187,7 @@ class App:
         self.control = server
         if self._control_path is not None:
             self._link = control.advertise(self.name, path)
+        self.name = (self._link or path).stem
         log.debug("control socket: %s", path)
 
     def _advise(self) -> None:
@@ -233,6 +237,8 @@ class App:
             if self._link is not None:
                 self._link.unlink(missing_ok=True)
             self.workers.stop()
+            for storage in self.storages:
+                storage.close()
 
 
 # The process -------------------------------------------------------------------------

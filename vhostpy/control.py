@@ -40,7 +40,7 @@ REQUEST_ITEMS_MAX = 32  # in one map or array: a header cannot make us reserve m
 ANSWER_MAX = 256 << 20  # bytes; 65,536 forwarding entries are about 5 MB
 CLIENTS_MAX = 32
 SOCKET_PATH_MAX = 107  # unix(7): bytes of sun_path less the closing zero
-NAME_MAX = 40  # characters of a process's name
+NAME_MIN, NAME_MAX = 8, 40  # characters of a process's name
 READ_SIZE = 16 << 10
 HALF_REQUEST_S = 5.0  # for the rest of a request that has begun
 IDLE_S = 600.0  # between two requests
@@ -339,8 +339,9 @@ def directories() -> list[Path]:
 
 def default_path(name: str) -> Path:
     """A free path for a process called `name`; with the process number where it is taken."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[-NAME_MAX:] or "vhostpy"
     directory = _writable_directory()
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")
+    name = name[-min(NAME_MAX, _room(directory)) :] or "vhostpy"
     path = directory / f"{name}.sock"
     return directory / f"{name}-{os.getpid()}.sock" if is_alive(path) else path
 
@@ -393,9 +394,7 @@ def remove_dead(path: Path) -> None:
 
 def _writable_directory() -> Path:
     for directory in directories():
-        # What does not fit into a socket's address is of no use.
-        room = SOCKET_PATH_MAX - len(os.fsencode(directory)) - len("/-1234567.sock")
-        if room < NAME_MAX or not directory.parent.is_dir():
+        if _room(directory) < NAME_MIN or not directory.parent.is_dir():
             continue
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -408,6 +407,11 @@ def _writable_directory() -> Path:
         "no directory for the control socket: " + ", ".join(map(str, directories())),
         "set XDG_RUNTIME_DIR, or give --control PATH",
     )
+
+
+def _room(directory: Path) -> int:
+    """Characters left for a name, if a path in `directory` shall fit a socket address."""
+    return SOCKET_PATH_MAX - len(os.fsencode(directory)) - len("/-1234567.sock")
 
 
 def _check_owner(directory: Path) -> None:

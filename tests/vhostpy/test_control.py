@@ -6,8 +6,10 @@ import itertools
 import os
 import socket
 import stat
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -361,11 +363,12 @@ def test_a_socket_that_replaced_ours_is_not_removed(tmp_path):
 
 
 @pytest.fixture
-def runtime(tmp_path, monkeypatch):
+def runtime(monkeypatch):
     """A runtime directory of our own; those of the machine are not looked at."""
-    directory = tmp_path / "vhostpy"
-    monkeypatch.setattr(control, "directories", lambda: [directory])
-    return directory
+    with tempfile.TemporaryDirectory() as parent:  # short, as it is part of socket addresses
+        directory = Path(parent) / "vhostpy"
+        monkeypatch.setattr(control, "directories", lambda: [directory])
+        yield directory
 
 
 def test_the_first_directory_that_can_be_used_is_made_and_private(runtime):
@@ -377,6 +380,11 @@ def test_a_name_becomes_a_file_name(runtime):
     assert control.default_path("/tmp/a b/../vu0").name == "tmp-a-b-..-vu0.sock"
     assert control.default_path("..").name == "vhostpy.sock"
     assert len(os.fsencode(control.default_path("x" * 300).name)) <= 64
+
+
+def test_a_directory_with_too_long_a_path_is_passed_over(runtime, monkeypatch):
+    monkeypatch.setattr(control, "directories", lambda: [runtime.parent / ("d" * 90), runtime])
+    assert control.default_path("vu0") == runtime / "vu0.sock"
 
 
 def test_a_name_that_is_taken_gets_the_process_number(runtime):

@@ -45,6 +45,13 @@ def main(arguments: list[str], program: str) -> int:
     check_process_flags(parser, options)
     if options.null is not None and options.read_only:
         parser.error("--null has no contents to protect\nleave --read-only")
+    size = options.ram or options.null or 0
+    if size % options.block_size:
+        whole = -(-size // options.block_size) * options.block_size
+        parser.error(
+            f"a disk of {size} bytes is not a whole number of blocks of {options.block_size}\n"
+            f"round it, e.g. to {whole}"
+        )
     for fd in options.fds:
         check_fd(fd)
 
@@ -106,7 +113,13 @@ def _build(options: argparse.Namespace) -> "App":
         mode=options.mode,
         group=options.group,
     )
-    return App("blk", workers=workers, servers=[server], control_path=options.control)
+    return App(
+        "blk",
+        workers=workers,
+        servers=[server],
+        control_path=options.control,
+        storages=[storage],
+    )
 
 
 def _open_storage(options: argparse.Namespace) -> Any:
@@ -117,10 +130,10 @@ def _open_storage(options: argparse.Namespace) -> Any:
     if options.ram is not None:
         from vhostpy.backends.storage.ram import RamStorage
 
-        return RamStorage(options.ram)
+        return RamStorage(options.ram, options.block_size)
     from vhostpy.backends.storage.null import NullStorage
 
-    return NullStorage(options.null)
+    return NullStorage(options.null, options.block_size)
 
 
 def _serial(text: str) -> str:

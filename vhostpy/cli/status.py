@@ -159,9 +159,10 @@ def _workers(workers: list[dict[str, Any]]) -> Any:
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Any:
-    names = [name for name, value in facts.items() if _plain(value)]
-    rows = table(*(name.replace("_", " ") for name in names), title=title)
-    rows.add_row(*(cell(facts[name]) for name in names))
+    rows = table(title, "", numbers=("",))
+    for name, value in facts.items():
+        if _plain(value) and name != "name":
+            rows.add_row(name.replace("_", " "), cell(value))
     return rows
 
 

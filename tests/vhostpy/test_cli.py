@@ -1,0 +1,433 @@
+"""The commands as an operator meets them: real processes, their output and exit status."""
+
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from vhostpy.cli import VERBS, options
+
+DEADLINE_S = 20
+GIB = 1 << 30
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """A short directory of our own, current and for control sockets, as the machine's are not."""
+    with tempfile.TemporaryDirectory(prefix="vp") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        monkeypatch.chdir(directory)
+        yield Path(directory)
+
+
+def command(*words):
+    return [sys.executable, "-m", "vhostpy", *map(str, words)]
+
+
+def run(*words, pass_fds=()):
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=DEADLINE_S, pass_fds=pass_fds
+    )
+
+
+class Running:
+    """A process that serves; ended by SIGTERM, which it has to obey at once and cleanly."""
+
+    def __init__(self, *words, pass_fds=()):
+        self.process = subprocess.Popen(
+            command(*words, "--json"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds,
+        )  # fmt: skip
+        self.stderr = ""
+
+    def __enter__(self):
+        try:
+            ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE_S)
+            line = self.process.stdout.readline() if ready else ""
+            assert line, self._end()
+            self.listening = json.loads(line)
+        except BaseException:
+            self.process.kill()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._end()
+        assert self.process.returncode == 0, self.stderr
+        assert "Traceback" not in self.stderr
+
+    def _end(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            output, self.stderr = self.process.communicate(timeout=DEADLINE_S)
+        finally:
+            self.process.kill()
+        assert output == ""
+        return self.stderr
+
+
+# Bad invocations -----------------------------------------------------------------------
+
+LONG = "/tmp/" + "x" * 103
+
+BAD_USAGE = {
+    "no verb": ("", "usage: vhostpy"),
+    "unknown verb": ("nett", "did you mean 'vhostpy net'?"),
+    "no socket": ("net", "e.g. vhostpy net --socket /tmp/vu0"),
+    "no contents": ("blk --socket s", "--file/--blk-file --ram --null is required"),
+    "misspelt flag": ("net --sockt s", "did you mean --socket?"),
+    "shortened flag": ("net --sock s", "did you mean --socket?"),
+    "flag of the other verb": ("net --socket s --ram 1G", "unknown flag --ram"),
+    "flag without a value": ("net --socket", "expected one argument"),
+    "stray word": ("net --socket s other", "unrecognized arguments: other"),
+    "socket path too long": (f"net --socket {LONG}", "108 bytes, and a Unix socket takes at most"),
+    "control path too long": (f"net --socket s --control {LONG}", "choose a shorter directory"),
+    "empty socket path": ("net --socket=", "the path is empty"),
+    "same socket twice": ("net --socket s --socket ./s", "each port needs a socket of its own"),
+    "two sockets for a disk": ("blk --socket a --socket b --ram 1G", "--socket is given twice"),
+    "socket and fd": ("net --socket s --fd 3", "not allowed with argument"),
+    "same fd twice": ("net --fd 3 --fd 3", "--fd 3 is given twice"),
+    "client of an fd": ("net --fd 3 --client", "--client needs --socket"),
+    "mode for a client": ("net --socket s --client --mode 0660", "a socket file that we make"),
+    "unknown group": ("net --socket s --group no-such", "there is no group 'no-such'"),
+    "bad mode": ("net --socket s --mode rw", "three octal digits, e.g. 0660"),
+    "bad size": ("blk --socket s --ram 1Q", "'1Q' is not a size"),
+    "no size": ("blk --socket s --ram 0", "size 0 is out of range"),
+    "huge size": ("blk --socket s --null 9999999P", "is out of range"),
+    "half a sector": ("blk --socket s --ram 1000", "round it, e.g. to 1024"),
+    "two contents": ("blk --socket s --ram 1G --null 1G", "not allowed with argument"),
+    "odd block size": ("blk --socket s --ram 1G --block-size 3K", "one of 512, 1K, 2K, 4K"),
+    "size not in blocks": ("blk --socket s --ram 512 --block-size 4K", "round it, e.g. to 4096"),
+    "long serial": (f"blk --socket s --ram 1G --serial {'1' * 21}", "at most 20 printable ASCII"),
+    "no queues": ("net --socket s --queues 0", "a whole number from 1 to 128"),
+    "too many queues": ("blk --socket s --ram 1G --queues 257", "a whole number from 1 to 256"),
+    "bad processors": ("net --socket s --cpus 0,x", "is not a list of processors"),
+    "backward processors": ("net --socket s --cpus 1-0", "write 0-1"),
+    "processor that is not ours": ("net --socket s --cpus 9999", "choose from"),
+    "more workers than processors": ("net --socket s --cpus 0 --workers 2", "name a processor"),
+    "bad poll": ("net --socket s --poll lazy", "invalid choice: 'lazy'"),
+    "bad mtu": ("net --socket s --mtu 67", "a whole number from 68 to 65535"),
+    "bad wait": ("net --socket s --full-wait soon", "'soon' is not a time"),
+    "unknown action": ("fdb drop", "invalid choice: 'drop'"),
+    "bad log level": ("net --socket s --log-level loud", "invalid choice: 'loud'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_USAGE)
+def test_a_bad_command_line_is_told_what_to_do(place, name):
+    words, text = BAD_USAGE[name]
+    assert_told(run(*shlex.split(words)), 2, text)
+    assert os.listdir(place) == []
+
+
+def assert_told(result, status, *texts):
+    """One error of one line, one next step, no traceback, nothing on standard output."""
+    assert (result.returncode, result.stdout) == (status, ""), result.stderr
+    for text in texts:
+        assert text in result.stderr
+    if "usage: vhostpy" not in texts[0]:
+        assert re.fullmatch(r"vhostpy[^\n]*: error: [^\n]+\n  next: [^\n]+\n", result.stderr)
+
+
+FAILURES = {
+    "no such file": ("blk --socket s --file none.img", "none.img: no such file"),
+    "unreadable image": ("blk --socket s --file folder", "folder: "),
+    "empty image": ("blk --socket s --file empty.img", "0 bytes", "truncate -s"),
+    "socket in use": ("net --socket used", "used is in use by a running process"),
+    "file in the way": ("net --socket empty.img", "empty.img exists and is not a socket"),
+    "no such directory": ("net --socket none/s", "cannot listen on none/s", "create none first"),
+    "closed fd": ("net --fd 77", "--fd 77 is not an open socket"),
+    "fd of a file": ("net --fd 0", "--fd 0 is not an open socket"),
+    "control socket in use": ("net --socket s --control used", "another process serves"),
+    "control in no directory": ("net --socket s --control none/c", "cannot make the control"),
+    "no process": ("fdb show", "no vhostpy process runs"),
+    "no process of that name": ("stats vu9", "no vhostpy process is called 'vu9'"),
+    "dead control socket": ("status --control dead", "dead: cannot reach", "Connection refused"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_cannot_be_done_is_told_with_what_to_do(place, name):
+    words, *texts = FAILURES[name]
+    (place / "folder").mkdir()
+    (place / "empty.img").touch()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind("dead")
+        dead.listen()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as used:
+        used.bind("used")
+        used.listen()
+        assert_told(run(*shlex.split(words)), 1, *texts)
+    # Whatever had been made before the failure is gone again.
+    left = {path.name for path in place.iterdir() if path.name != "vhostpy"}
+    assert left == {"folder", "empty.img", "used", "dead"}
+    if (place / "vhostpy").exists():
+        assert os.listdir(place / "vhostpy") == []
+
+
+# Help and conventions ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_ends_in_an_example_whose_flags_exist(place, verb):
+    result = run(*([verb] if verb else []), "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    example = result.stdout.split("\nexample: ")[-1]
+    assert example != result.stdout
+    lines = [shlex.split(line) for line in example.splitlines() if line.startswith("  vhostpy ")]
+    assert lines, "no command in the example"
+    for _, *words in lines:
+        # Parsed to the end, as what comes after is found first: but not carried out.
+        wrong = run(*words, "--no-such-flag")
+        assert "unknown flag --no-such-flag" in wrong.stderr
+
+
+@pytest.mark.parametrize("verb", ["net", "blk"])
+def test_the_example_in_the_help_runs(place, verb):
+    line = re.search(rf"^  vhostpy ({verb} .*)$", run(verb, "--help").stdout, re.MULTILINE)
+    words = shlex.split(line[1].replace("/tmp/", f"{place}/"))
+    with Running(*words) as running:
+        assert running.listening["sockets"] == [w for w in words if w.startswith(str(place))]
+
+
+@pytest.mark.parametrize(
+    ("verb", "capabilities"),
+    [
+        ("net", {"type": "net", "features": []}),
+        ("blk", {"type": "block", "features": ["read-only", "blk-file"]}),
+    ],
+)
+def test_capabilities_are_printed_whatever_else_is_given(place, verb, capabilities):
+    for more in ([], ["--socket", LONG], ["--no-such-flag"]):
+        result = run(verb, *more, "--print-capabilities")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert json.loads(result.stdout) == capabilities
+
+
+@pytest.mark.parametrize("program", ["net", "blk"])
+def test_the_program_of_one_type_names_itself(place, program):
+    code = f"import sys; from vhostpy.cli import main_{program} as m; sys.exit(m(['--bad']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"vhostpy-{program}: error: unknown flag --bad\n")
+
+
+# Values --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", 512), ("4K", 4096), ("4k", 4096), ("1GiB", GIB), ("1G", GIB), ("2T", 2048 * GIB)],
+)
+def test_sizes_are_binary(text, size):
+    assert options.size_bytes(text) == size
+    assert options.size_bytes(options.format_size(size)) == size
+
+
+def test_processors_are_listed_in_the_order_given(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert options.cpu_list("6,0-2") == [6, 0, 1, 2]
+    assert options.format_cpus([6, 0, 1, 2]) == "0-2,6"
+
+
+def test_devices_get_short_names_that_differ():
+    assert options.device_names(["/a/vu0.sock", "/a/vu1"], [5]) == ["vu0", "vu1", "fd5"]
+    assert options.device_names(["/a/n.sock", "/b/n"], []) == ["/a/n.sock", "/b/n"]
+
+
+# What runs -----------------------------------------------------------------------------
+
+
+def get_features():
+    """The first message of a front-end (vhost-user, "VHOST_USER_GET_FEATURES")."""
+    return struct.pack("<III", 1, 1, 0)
+
+
+def status_of(name):
+    return json.loads(run("status", name, "--json").stdout)
+
+
+def test_status_says_where_each_handshake_stands(place):
+    with Running("net", "--socket", "vu0", "--socket", "vu1"):
+        first, second = status_of("vu0")["sockets"]
+        assert (first["socket"], first["connected"]) == ("vu0", False)
+        assert (second["socket"], second["connected"]) == ("vu1", False)
+        assert first["waits_for"] == "for a front-end to connect"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front_end:
+            front_end.connect("vu0")
+            front_end.sendall(get_features())
+            assert len(front_end.recv(20)) == 20
+            connected, other = status_of("vu0")["sockets"]
+            assert connected["connected"] and not other["connected"]
+            assert connected["handshake"] != first["handshake"]
+            assert connected["waits_for"]
+            shown = run("status", "vu0").stdout
+            for text in (connected["handshake"], other["handshake"], connected["waits_for"]):
+                assert text in shown
+
+
+def test_status_without_a_name_lists_all_that_run(place):
+    assert json.loads(run("status", "--json").stdout) == {"processes": []}
+    assert "no vhostpy process runs" in run("status").stdout
+    with (
+        Running("net", "--socket", "vu0") as net,
+        Running("blk", "--socket", "vb0", "--null", "1G", "--control", "own.sock") as blk,
+    ):
+        listed = json.loads(run("status", "--json").stdout)["processes"]
+        assert [(p["name"], p["kind"], p["pid"], p["sockets"]) for p in listed] == [
+            ("vb0", "blk", blk.listening["pid"], 1),
+            ("vu0", "net", net.listening["pid"], 1),
+        ]
+        table = run("status").stdout
+        assert "vb0" in table and "vu0" in table
+        by_path = json.loads(run("status", "--control", "own.sock", "--json").stdout)
+        assert by_path["pid"] == blk.listening["pid"]
+        # Two run, so which one has to be said.
+        assert_told(run("stats"), 1, "2 processes run", "name one: vb0, vu0")
+    assert json.loads(run("status", "--json").stdout) == {"processes": []}
+    assert sorted(os.listdir(place)) == ["vhostpy"]
+
+
+def test_a_killed_process_is_not_listed_and_its_sockets_are_taken_over(place):
+    words = ("net", "--socket", "vu0")
+    with contextlib.suppress(AssertionError), Running(*words) as killed:
+        killed.process.kill()
+        killed.process.wait()
+    assert (place / "vu0").exists() and (place / "vhostpy/vu0.sock").exists()
+    assert json.loads(run("status", "--json").stdout) == {"processes": []}
+    assert not (place / "vhostpy/vu0.sock").exists()
+    with Running(*words) as running:
+        assert status_of("vu0")["pid"] == running.listening["pid"]
+
+
+def test_a_second_process_on_the_same_socket_is_refused_and_harms_nobody(place):
+    with Running("net", "--socket", "vu0") as running:
+        assert_told(run("net", "--socket", "vu0"), 1, "vu0 is in use by a running process")
+        assert status_of("vu0")["pid"] == running.listening["pid"]
+
+
+def test_counters_are_shown_per_port(place):
+    with Running("net", "--socket", "vu0", "--socket", "vu1"):
+        ports = json.loads(run("stats", "--json").stdout)["ports"]
+        assert [port["port"] for port in ports] == ["vu0", "vu1"]
+        (port,) = json.loads(run("stats", "--json", "--port", "vu1").stdout)["ports"]
+        assert port["port"] == "vu1"
+        shown = run("stats").stdout
+        assert "vu0" in shown and "vu1" in shown
+        assert_told(run("stats", "--port", "vu7"), 1, "no port 'vu7'", "one of: vu0, vu1")
+
+
+def test_the_forwarding_table_is_shown_and_flushed(place):
+    with Running("net", "--socket", "vu0", "--socket", "vu1"):
+        assert json.loads(run("fdb", "show", "--json").stdout) == {"entries": []}
+        assert "the table is empty" in run("fdb", "show").stdout
+        assert json.loads(run("fdb", "flush", "--json", "--port", "vu0").stdout) == {"flushed": 0}
+        assert_told(run("fdb", "flush", "--port", "vu7"), 1, "no port 'vu7'")
+
+
+def test_a_disk_has_no_forwarding_table(place):
+    with Running("blk", "--socket", "vb0", "--ram", "1M"):
+        assert_told(run("fdb", "show"), 1, "cannot do 'fdb'", "one of: status, stats")
+
+
+def test_the_second_port_is_explained_once_where_there_is_one(place):
+    with Running("net", "--socket", "vu0") as alone:
+        pass
+    assert alone.stderr.count("vhostpy net --socket vu0 --socket vu1") == 1
+    with Running("net", "--socket", "vu0", "--socket", "vu1") as pair:
+        pass
+    assert "nobody to talk to" not in pair.stderr
+
+
+def test_an_inherited_listening_socket_is_served(place):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind("vu0")
+        listener.listen()
+        fd = listener.fileno()
+        with Running("net", "--fd", fd, pass_fds=[fd]) as running:
+            assert running.listening["sockets"] == [f"fd {fd}"]
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front_end:
+                front_end.connect("vu0")
+                front_end.sendall(get_features())
+                assert len(front_end.recv(20)) == 20
+
+
+def test_a_client_finds_its_front_end_whenever_it_comes(place):
+    with Running("net", "--socket", "vu0", "--client"):
+        assert status_of("vu0")["sockets"][0]["waits_for"] == "for a front-end to listen"
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                listener.bind("vu0")
+                listener.listen()
+                listener.settimeout(DEADLINE_S)
+                front_end, _ = listener.accept()
+                with front_end:
+                    front_end.sendall(get_features())
+                    assert len(front_end.recv(20)) == 20
+            os.unlink("vu0")
+
+
+def test_mode_and_group_are_the_sockets_own(place):
+    with Running("net", "--socket", "vu0", "--mode", "0660", "--control", "c.sock"):
+        assert os.stat("vu0").st_mode & 0o777 == 0o660
+        assert os.stat("c.sock").st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_cleanly_with_a_front_end_connected(place, number):
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front_end,
+        Running("net", "--socket", "vu0") as running,
+    ):
+        front_end.connect("vu0")
+        front_end.sendall(get_features()[:5])
+        running.process.send_signal(number)
+        running.process.wait(DEADLINE_S)
+    assert sorted(os.listdir(place)) == ["vhostpy"]
+    assert os.listdir("vhostpy") == []
+
+
+def test_the_fd_limit_is_raised(place):
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Running("net", "--socket", "vu0") as running:
+        limits = Path(f"/proc/{running.process.pid}/limits").read_text()
+        assert re.search(rf"Max open files +{hard} +{hard} ", limits)
+
+
+def test_the_tables_libraries_are_not_loaded_to_serve(place):
+    with Running("net", "--socket", "vu0") as running:
+        mapped = Path(f"/proc/{running.process.pid}/maps").read_text()
+        assert "vhostpy" in mapped
+    code = "import sys, vhostpy.cli.net, vhostpy.cli.process, vhostpy.server; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert not {"rich", "pyroute2", "scapy"} & set(loaded.stdout.split())
+
+
+def test_a_hung_process_does_not_hide_the_others(place):
+    with Running("net", "--socket", "vu0"), Running("net", "--socket", "vu1") as hung:
+        hung.process.send_signal(signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            first, second = json.loads(run("status", "--json").stdout)["processes"]
+            assert first["name"] == "vu0" and first["sockets"] == 1
+            assert second["name"] == "vu1" and "does not answer" in second["error"]
+            assert time.monotonic() - started < DEADLINE_S
+        finally:
+            hung.process.send_signal(signal.SIGCONT)
