@@ -281,9 +281,6 @@ cdef int split_walk(Ring *ring, Descriptor descriptor, Chain *chain, Segment *ou
                 return 0
             else:
                 readable_bytes += descriptor.length
-            if (readable_bytes + writable_bytes) >> 32:
-                chain.fault = CHAIN_TOO_LONG     # "longer than 2^32 bytes in total"
-                return 0
             got = translate(map, descriptor.gpa, descriptor.length, out + count,
                             room - count, &ring.worker.hint)
             if got <= 0:
@@ -314,6 +311,9 @@ cdef int split_walk(Ring *ring, Descriptor descriptor, Chain *chain, Segment *ou
                     chain.fault = CHAIN_UNMAPPED
                     return 0
                 return WALK_STOP
+    if (readable_bytes + writable_bytes) >> 32:
+        chain.fault = CHAIN_TOO_LONG     # "longer than 2^32 bytes in total"
+        return 0
     if not writing:
         readable = count
     chain.readable = readable
@@ -684,8 +684,11 @@ cdef class Virtqueue:
         cdef uint64_t gpa = 0
         self._want_held()
         if used_log_gpa is not None:
-            if not 0 <= used_log_gpa < 1 << 64:
-                raise ProtocolError(f"used ring logged at {used_log_gpa:#x}: beyond 2**64")
+            length = sizes_of(self.ring.control.size, self.features)[2]
+            if not 0 <= used_log_gpa <= (1 << 64) - length:
+                raise ProtocolError(
+                    f"used ring logged at {used_log_gpa:#x}: {length} bytes go beyond 2**64"
+                )
             gpa = used_log_gpa
         if self.ring.control.log != NULL:
             log_flush(self.ring)
@@ -776,8 +779,12 @@ cdef class Virtqueue:
             written = count
             self.push(&chain, &written, 1)
         if publish:
-            with nogil:
-                self.publish()
+            self.publish_pushed()
+
+    def publish_pushed(self) -> None:
+        """What give() held back becomes visible."""
+        with nogil:
+            self.publish()
 
     def read(self, taken) -> bytes:
         """What the driver put into the chain's readable pieces."""

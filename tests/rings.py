@@ -1,0 +1,222 @@
+"""Both ends of one virtqueue, joined in one guest's memory: what ring tests stand on.
+
+Guest, front-end and host addresses differ, the two ends map the memory apart, and it
+is in two regions that touch for the guest only. `guest` writes what no driver would.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any, Self
+
+from vhostpy._ring import DriverVirtqueue, Virtqueue, sizes_of
+from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+
+LAYOUTS = ["split"]
+INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+NEXT, WRITE, INDIRECT = 1, 2, 4
+
+GPA = 0x1_0000_0000
+BORDER = GPA + (2 << 20)  # the regions touch here
+END = GPA + (4 << 20)
+UVA = 0x7F00_0000_0000
+UVA_ABOVE = 0x7E00_0000_0000  # of the region above the border
+CHUNK = 3000  # buffers lie at odd addresses, one of them across the border
+CHUNKS = 500
+
+DESC, AVAIL, USED, TABLES = GPA, GPA + (512 << 10), GPA + (640 << 10), END - (1 << 20)
+
+
+def guest_memory(fd: int) -> GuestMemory:
+    """What lies above the border comes first in the file: no host range crosses it."""
+    return GuestMemory(
+        [
+            RegionInfo(GPA, 2 << 20, UVA, Mapping(fd, 2 << 20, 2 << 20)),
+            RegionInfo(BORDER, 2 << 20, UVA_ABOVE, Mapping(fd, 0, 2 << 20)),
+        ]
+    )
+
+
+class Guest:
+    """The guest's own view, with its hands free: raw descriptors and indexes."""
+
+    def __init__(self, memory: GuestMemory, size: int) -> None:
+        self.memory = memory
+        self.size = size
+
+    def descriptor(
+        self, index: int, gpa: int, length: int, flags: int = 0, next: int = 0, table: int = DESC
+    ) -> None:
+        packed = struct.pack("<QIHH", gpa, length, flags, next)
+        self.memory.write(table + 16 * index, packed)
+
+    def offer(self, *heads: int, jump: int = 0) -> None:
+        """Makes avail entries of `heads`; avail.idx goes `jump` further than that."""
+        index = self.u16(AVAIL + 2)
+        for head in heads:
+            self.put_u16(AVAIL + 4 + 2 * (index % self.size), head)
+            index = (index + 1) % 65536
+        self.put_u16(AVAIL + 2, (index + jump) % 65536)
+
+    def used(self, index: int) -> tuple[int, int]:
+        entry = self.memory.read(USED + 4 + 8 * (index % self.size), 8)
+        return struct.unpack("<II", entry)  # type: ignore[return-value]
+
+    @property
+    def used_idx(self) -> int:
+        return self.u16(USED + 2)
+
+    def u16(self, gpa: int) -> int:
+        return int.from_bytes(self.memory.read(gpa, 2), "little")
+
+    def put_u16(self, gpa: int, value: int) -> None:
+        self.memory.write(gpa, value.to_bytes(2, "little"))
+
+
+class Rings:
+    """`driver` and `device` of one virtqueue, and the `guest` whose memory it is in."""
+
+    def __init__(
+        self,
+        layout: str = "split",
+        *,
+        indirect: bool = True,
+        event_idx: bool = False,
+        size: int = 64,
+        base: int = 0,
+    ) -> None:
+        assert layout in LAYOUTS
+        self.size = size
+        self.features = VERSION_1 | indirect * INDIRECT_DESC | event_idx * EVENT_IDX
+        self.fd = os.memfd_create("guest")
+        os.truncate(self.fd, 4 << 20)
+        self.kick_fd, self.call_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+        self.guest = Guest(guest_memory(self.fd), size)
+        self.free = [BORDER - 1000 - 100 * CHUNK + CHUNK * i for i in range(CHUNKS // 2)]
+        self.driver = DriverVirtqueue(
+            self.guest.memory,
+            size,
+            self.features,
+            desc_gpa=DESC,
+            avail_gpa=AVAIL,
+            used_gpa=USED,
+            base=base,
+            kick_fd=self.kick_fd,
+        )
+        self.memory = guest_memory(self.fd)
+        self.device = self.start(base)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for fd in (self.fd, self.kick_fd, self.call_fd):
+            os.close(fd)
+
+    def start(self, base: int, **changes: Any) -> Virtqueue:
+        """Another life of the device, from an index on."""
+        arguments = {
+            "desc_uva": DESC - GPA + UVA,
+            "avail_uva": AVAIL - GPA + UVA,
+            "used_uva": USED - GPA + UVA,
+            "base": base,
+            "call_fd": self.call_fd,
+        } | changes
+        self.device = Virtqueue(self.memory, self.size, self.features, **arguments)
+        self.device.set_live(True)
+        return self.device
+
+    def log(self) -> DirtyLog:
+        """A dirty log of all guest memory, which the device marks from now on."""
+        fd = os.memfd_create("log")
+        size = END // 4096 // 8
+        os.truncate(fd, size)
+        log = DirtyLog(fd, 0, size)
+        os.close(fd)
+        self.device.set_live(False)
+        self.device.set_log(log, USED)
+        self.device.set_live(True)
+        return log
+
+    def add(
+        self, readable: Sequence[bytes], writable: Sequence[int], *, table: bool = False
+    ) -> "Offer":
+        """The driver offers a chain with these bytes and this room."""
+        pieces = len(readable) + len(writable)
+        if len(self.free) < pieces + 1:
+            raise BufferError("no buffers")
+        places = [self.free.pop() for _ in range(pieces)]
+        for gpa, data in zip(places, readable, strict=False):
+            self.guest.memory.write(gpa, data)
+        offer = Offer(
+            list(zip(places, map(len, readable), strict=False)),
+            list(zip(places[len(readable) :], writable, strict=True)),
+            b"".join(readable),
+            self.free.pop() if table else None,
+        )
+        try:
+            offer.id = self.driver.add(offer.readable, offer.writable, offer.table)
+        except BufferError:
+            self.reclaim(offer)
+            raise
+        return offer
+
+    def reclaim(self, offer: "Offer") -> None:
+        self.free += [gpa for gpa, _ in [*offer.readable, *offer.writable]]
+        self.free += [offer.table] if offer.table is not None else []
+
+    def received(self, offer: "Offer", length: int) -> bytes:
+        """What the device has written into a chain, and the chain's buffers are free again."""
+        data = b"".join([self.guest.memory.read(gpa, size) for gpa, size in offer.writable])
+        self.reclaim(offer)
+        return data[:length]
+
+    def calls(self) -> int:
+        return events(self.call_fd)
+
+    def kicks(self) -> int:
+        return events(self.kick_fd)
+
+    def proves_itself(self) -> None:
+        """A good chain still crosses, there and back."""
+        offer = self.add([b"still", b"alive"], [7], table=bool(self.features & INDIRECT_DESC))
+        self.driver.kick()
+        (taken,) = self.device.take()
+        assert self.device.read(taken) == b"stillalive"
+        assert self.device.write(taken, b"and how") == 7
+        self.device.give([(taken, 7)])
+        assert self.driver.used() == [(offer.id, 7)]
+        assert self.received(offer, 7) == b"and how"
+        assert self.device.inflight == 0
+
+
+class Offer:
+    """A chain that the driver has made available."""
+
+    def __init__(
+        self,
+        readable: list[tuple[int, int]],
+        writable: list[tuple[int, int]],
+        data: bytes,
+        table: int | None,
+    ) -> None:
+        self.id = -1
+        self.readable = readable
+        self.writable = writable
+        self.data = data
+        self.table = table
+
+    @property
+    def room(self) -> int:
+        return sum(length for _, length in self.writable)
+
+
+def events(fd: int) -> int:
+    """What an eventfd has counted since it was last read."""
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
+__all__ = ["Guest", "Offer", "Rings", "events", "guest_memory", "sizes_of"]
