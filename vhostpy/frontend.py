@@ -1,0 +1,439 @@
+"""The other end: a synchronous front-end, for `load`, `check` and the tests.
+
+Speaks to any vhost-user back-end as QEMU does: negotiates, shares memory, starts queues
+and drives them by `DriverVirtqueue`. It sends nonsense just as well (`send_raw`).
+
+    with FrontEnd("/tmp/vu0") as guest:
+        guest.negotiate(FEATURES, PROTOCOL_FEATURES)
+        guest.set_mem_table()
+        queue = guest.start_queue(0, 256)
+        queue.ring.add([(guest.allocate(64), 64)], [])
+        queue.ring.kick()
+"""
+
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from vhostpy._ring import DriverVirtqueue
+from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.errors import ProtocolError, Refused
+from vhostpy.fds import OwnedFd, close_all, receive, send
+from vhostpy.memory import GuestMemory, Mapping, RegionInfo
+from vhostpy.payloads import (
+    U64,
+    Config,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    SingleRegion,
+    VringAddress,
+    VringFile,
+    VringState,
+)
+from vhostpy.protocol import (
+    FRONT_END_TABLE,
+    REPLIES_TO_FRONT_END,
+    UNKNOWN,
+    Decoder,
+    FrontEndRequest,
+    Message,
+    encode,
+)
+
+# Far from any guest address: whoever mixes up UVA and GPA fails at once.
+UVA_BASE = 0x7F00_0000_0000
+DEFAULT_LAYOUT = ((0x10_0000, 32 << 20),)
+PAGE = 4096
+
+
+@dataclass(slots=True)
+class Queue:
+    """A started queue: the driver's ring and its three eventfds."""
+
+    index: int
+    size: int
+    features: int
+    desc_gpa: int
+    avail_gpa: int
+    used_gpa: int
+    ring: DriverVirtqueue
+    kick: OwnedFd | None  # None: the back-end polls
+    call: OwnedFd
+    err: OwnedFd
+
+    def wait(self, timeout_s: float = 5.0) -> bool:
+        """Waits for a call and takes it; False where none came."""
+        return _wait_eventfd(self.call.fileno(), timeout_s)
+
+    def wait_err(self, timeout_s: float = 5.0) -> bool:
+        """Waits for the ring's error event and takes it; False where none came."""
+        return _wait_eventfd(self.err.fileno(), timeout_s)
+
+    def wait_used(self, count: int = 1, timeout_s: float = 5.0) -> list[tuple[int, int]]:
+        """(id, bytes written) of at least `count` chains. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        used = list(self.ring.used())
+        while len(used) < count:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(
+                    f"queue {self.index}: {len(used)} of {count} chains came back in {timeout_s} s"
+                )
+            if not self.ring.arm():
+                # Short slices: a back-end that loses a call is found, but does not hang us.
+                self.wait(min(left, 0.1))
+            used += self.ring.used()
+        return used
+
+    def close(self) -> None:
+        """Closes the eventfds; the ring's memory stays its front-end's."""
+        close_all([fd for fd in (self.kick, self.call, self.err) if fd is not None])
+
+
+@dataclass(slots=True)
+class SharedMemory:
+    """A memfd that holds all regions one after the other, mapped here too."""
+
+    fd: OwnedFd
+    regions: tuple[MemoryRegion, ...]
+    map: GuestMemory
+    _next: list[int] = field(default_factory=list)  # per region, first free GPA
+
+    @classmethod
+    def create(cls, layout: Sequence[tuple[int, int]]) -> Self:
+        """`layout`: (GPA, size) of each region, sizes in whole pages."""
+        fd = OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.ftruncate(fd.fileno(), sum(size for _, size in layout))
+        regions, offset = [], 0
+        for gpa, size in layout:
+            regions.append(MemoryRegion(gpa, size, UVA_BASE + gpa, offset))
+            offset += size
+        infos = [
+            RegionInfo(r.gpa, r.size, r.uva, Mapping(fd.fileno(), r.offset, r.size))
+            for r in regions
+        ]
+        return cls(fd, tuple(regions), GuestMemory(infos), [r.gpa for r in regions])
+
+    def allocate(self, size: int, alignment: int = PAGE) -> int:
+        """The GPA of `size` bytes that nobody has been given before."""
+        for i, region in enumerate(self.regions):
+            gpa = -(-self._next[i] // alignment) * alignment
+            if gpa + size <= region.gpa + region.size:
+                self._next[i] = gpa + size
+                return gpa
+        raise MemoryError(f"no {size} bytes are left in the guest's {len(self.regions)} regions")
+
+
+class FrontEnd:
+    """One front-end, connected to a back-end's socket. Waits at most `timeout_s` for it."""
+
+    def __init__(
+        self,
+        target: str | socket.socket,
+        *,
+        timeout_s: float = 5.0,
+        layout: Sequence[tuple[int, int]] = DEFAULT_LAYOUT,
+    ) -> None:
+        if isinstance(target, str):
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(timeout_s)
+            try:
+                self.sock.connect(target)
+            except BaseException:
+                self.sock.close()
+                raise
+        else:
+            self.sock = target
+            self.sock.settimeout(timeout_s)
+        self.timeout_s = timeout_s
+        self.features = 0
+        self.protocol_features = 0
+        self.queues: dict[int, Queue] = {}
+        self._layout = layout
+        self._shared: SharedMemory | None = None
+        self._decoder = Decoder(REPLIES_TO_FRONT_END)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hangs up and closes every fd; memory goes when nobody uses it any more."""
+        self.sock.close()
+        self._decoder.close()
+        for queue in self.queues.values():
+            queue.close()
+        self.queues.clear()
+        if self._shared is not None:
+            self._shared.fd.close()
+            self._shared = None
+
+    # Messages --------------------------------------------------------------------------
+
+    def send_raw(self, data: bytes, fds: Sequence[OwnedFd | int] = ()) -> None:
+        """Sends any bytes with any fds."""
+        rest = memoryview(data)
+        while rest:
+            sent = send(self.sock, rest, fds)
+            rest, fds = rest[sent:], ()
+
+    def receive(self) -> Message:
+        """The next reply. TimeoutError where none comes, ConnectionError at the end."""
+        while True:
+            data, fds = receive(self.sock, self._decoder.wanted)
+            if not data:
+                raise ConnectionResetError("the back-end closed the connection")
+            messages = self._decoder.feed(data, fds)
+            if messages:
+                return messages[0]
+
+    def request(
+        self,
+        request: int,
+        payload: Payload | bytes = b"",
+        fds: Sequence[OwnedFd | int] = (),
+        *,
+        need_reply: bool | None = None,
+    ) -> Any:
+        """Sends a request; returns the payload of its answer, None where it has none.
+
+        `need_reply` None: asks for an ack where REPLY_ACK is negotiated. Raises Refused
+        where the ack says no. The fds of an answer are closed: use `receive` to get them.
+        """
+        known = FRONT_END_TABLE.get(request, UNKNOWN)
+        answered = bool(known.replies)
+        if need_reply is None:
+            need_reply = not answered and self.negotiated(ProtocolFeature.REPLY_ACK)
+        logs = self.negotiated(ProtocolFeature.LOG_SHMFD)
+        answered |= request == FrontEndRequest.SET_LOG_BASE and logs
+        self.send_raw(encode(request, payload, need_reply=need_reply), fds)
+        if not answered and not need_reply:
+            return None
+        reply = self.receive()
+        reply.close()
+        if reply.request != request:
+            raise ProtocolError(f"{reply.name} was answered, {request!r} had been asked")
+        if not known.replies and isinstance(reply.payload, U64) and reply.payload.value:
+            raise Refused(f"{reply.name}: refused with {reply.payload.value}")
+        return reply.payload
+
+    def hung_up(self, timeout_s: float | None = None) -> bool:
+        """Whether the back-end closes the connection in time; drops what it still says."""
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([self.sock], [], [], left)[0]:
+                return False
+            try:
+                if not self.sock.recv(65536):
+                    return True
+            except ConnectionError:
+                return True
+        return False
+
+    # Handshake -------------------------------------------------------------------------
+
+    def negotiated(self, bit: ProtocolFeature) -> bool:
+        """Whether this protocol feature is."""
+        return bool(self.protocol_features >> bit & 1)
+
+    def get_features(self) -> int:
+        """What the back-end offers."""
+        return int(self.request(FrontEndRequest.GET_FEATURES).value)
+
+    def get_protocol_features(self) -> int:
+        """What the back-end offers."""
+        return int(self.request(FrontEndRequest.GET_PROTOCOL_FEATURES).value)
+
+    def set_features(self, features: int) -> None:
+        """Sends exactly these."""
+        self.request(FrontEndRequest.SET_FEATURES, U64(features))
+        self.features = features
+
+    def set_protocol_features(self, features: int) -> None:
+        """Sends exactly these."""
+        self.request(FrontEndRequest.SET_PROTOCOL_FEATURES, U64(features))
+        self.protocol_features = features
+
+    def negotiate(self, features: int, protocol_features: int = 0) -> int:
+        """As QEMU begins: takes what is offered of what is asked; returns the features.
+
+        PROTOCOL_FEATURES is taken where it is offered and any protocol feature is asked.
+        """
+        offered = self.get_features()
+        if protocol_features and offered >> Feature.PROTOCOL_FEATURES & 1:
+            features |= 1 << Feature.PROTOCOL_FEATURES
+            self.set_protocol_features(self.get_protocol_features() & protocol_features)
+        self.request(FrontEndRequest.SET_OWNER)
+        self.set_features(offered & features)
+        return self.features
+
+    def get_config(self, offset: int = 0, size: int = 256) -> bytes:
+        """Bytes of the config space. Raises Refused on the empty answer that says no."""
+        answer = self.request(FrontEndRequest.GET_CONFIG, Config(offset, 0, bytes(size)))
+        if not isinstance(answer, Config):
+            raise Refused(f"GET_CONFIG: {size} bytes at {offset} were refused")
+        return answer.data
+
+    def set_config(self, offset: int, data: bytes, *, migration: bool = False) -> None:
+        """Writes to the config space."""
+        self.request(FrontEndRequest.SET_CONFIG, Config(offset, int(migration), data))
+
+    # Memory ----------------------------------------------------------------------------
+
+    @property
+    def shared(self) -> SharedMemory:
+        """The guest's memory, made at the first look."""
+        if self._shared is None:
+            self._shared = SharedMemory.create(self._layout)
+        return self._shared
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The guest's memory by guest addresses."""
+        return self.shared.map
+
+    def allocate(self, size: int, alignment: int = PAGE) -> int:
+        """A guest address for `size` bytes of the guest's memory."""
+        return self.shared.allocate(size, alignment)
+
+    def set_mem_table(self) -> None:
+        """Shares all regions at once; ADD_MEM_REG for each where slots are negotiated."""
+        if self.negotiated(ProtocolFeature.CONFIGURE_MEM_SLOTS):
+            for region in self.shared.regions:
+                self.add_mem_reg(region)
+        else:
+            regions = self.shared.regions
+            self.request(
+                FrontEndRequest.SET_MEM_TABLE,
+                MemoryTable(regions),
+                [self.shared.fd] * len(regions),
+            )
+
+    def add_mem_reg(self, region: MemoryRegion, fd: OwnedFd | int | None = None) -> None:
+        """Shares one region more, of our memory unless another fd is given."""
+        fds = [self.shared.fd if fd is None else fd]
+        self.request(FrontEndRequest.ADD_MEM_REG, SingleRegion(region), fds)
+
+    def rem_mem_reg(self, region: MemoryRegion) -> None:
+        """Takes one region back."""
+        self.request(FrontEndRequest.REM_MEM_REG, SingleRegion(region))
+
+    def set_log(self, fd: OwnedFd | int, size: int, offset: int = 0) -> None:
+        """Where dirty pages are to be marked; LOG_ALL starts it."""
+        self.request(FrontEndRequest.SET_LOG_BASE, Log(size, offset), [fd])
+
+    # Queues ----------------------------------------------------------------------------
+
+    def start_queue(
+        self,
+        index: int,
+        size: int = 256,
+        features: int | None = None,
+        *,
+        base: int = 0,
+        poll: bool = False,
+        enable: bool = True,
+    ) -> Queue:
+        """A new ring in the guest's memory, started at `base`, and enabled.
+
+        `poll`: gives the back-end no kick fd. `features` None: the negotiated ones.
+        """
+        features = self.features if features is None else features
+        desc_bytes, avail_bytes, used_bytes = DriverVirtqueue.ring_bytes(size)
+        desc_gpa = self.allocate(desc_bytes)
+        avail_gpa = self.allocate(avail_bytes, 64)
+        used_gpa = self.allocate(used_bytes, 64)
+        kick = None if poll else _eventfd()
+        ring = DriverVirtqueue(
+            self.memory,
+            size,
+            features,
+            desc_gpa=desc_gpa,
+            avail_gpa=avail_gpa,
+            used_gpa=used_gpa,
+            base=base,
+            kick_fd=-1 if kick is None else kick.fileno(),
+        )
+        queue = Queue(
+            index,
+            size,
+            features,
+            desc_gpa,
+            avail_gpa,
+            used_gpa,
+            ring,
+            kick,
+            _eventfd(),
+            _eventfd(),
+        )
+        old = self.queues.pop(index, None)
+        if old is not None:
+            old.close()
+        self.queues[index] = queue
+        self.announce(queue, base=base, enable=enable)
+        return queue
+
+    def announce(self, queue: Queue, *, base: int, enable: bool = True) -> None:
+        """Tells the back-end all of a queue, in QEMU's order: it starts (again) at `base`."""
+        index = queue.index
+        self.request(FrontEndRequest.SET_VRING_NUM, VringState(index, queue.size))
+        self.request(FrontEndRequest.SET_VRING_BASE, VringState(index, base))
+        self.set_addresses(queue)
+        self.set_ring_file(FrontEndRequest.SET_VRING_KICK, index, queue.kick)
+        self.set_ring_file(FrontEndRequest.SET_VRING_CALL, index, queue.call)
+        self.set_ring_file(FrontEndRequest.SET_VRING_ERR, index, queue.err)
+        if enable and self.features >> Feature.PROTOCOL_FEATURES & 1:
+            self.enable(index, True)
+
+    def set_addresses(self, queue: Queue, used_log_gpa: int | None = None) -> None:
+        """Where the ring lies; with a GPA, writes to its used ring are logged there."""
+        self.request(
+            FrontEndRequest.SET_VRING_ADDR,
+            VringAddress(
+                queue.index,
+                0 if used_log_gpa is None else 1,
+                UVA_BASE + queue.desc_gpa,
+                UVA_BASE + queue.used_gpa,
+                UVA_BASE + queue.avail_gpa,
+                used_log_gpa or 0,
+            ),
+        )
+
+    def set_ring_file(self, request: FrontEndRequest, index: int, fd: OwnedFd | None) -> None:
+        """SET_VRING_KICK, CALL or ERR; None says that there is no fd."""
+        file = VringFile(index, fd is not None)
+        self.request(request, file, [] if fd is None else [fd])
+
+    def stop_queue(self, index: int) -> int:
+        """Stops it; returns its base. Its ring stays in `queues`, to be announced again."""
+        answer = self.request(FrontEndRequest.GET_VRING_BASE, VringState(index, 0))
+        return int(answer.num)
+
+    def enable(self, index: int, enabled: bool) -> None:
+        """SET_VRING_ENABLE."""
+        self.request(FrontEndRequest.SET_VRING_ENABLE, VringState(index, int(enabled)))
+
+
+def _eventfd() -> OwnedFd:
+    return OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+
+def _wait_eventfd(fd: int, timeout_s: float) -> bool:
+    if not select.select([fd], [], [], timeout_s)[0]:
+        return False
+    os.eventfd_read(fd)
+    return True
