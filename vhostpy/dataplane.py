@@ -11,13 +11,15 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vhostpy import session as s
+from vhostpy import effects as e
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature
 from vhostpy.device import Device
 from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.fds import OwnedFd
 from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+from vhostpy.payloads import MemoryRegion
+from vhostpy.session import Session
 
 log = logging.getLogger("vhostpy")
 
@@ -40,7 +42,7 @@ class RunningRing:
 class DataPlane:
     """What one session owns of the data plane."""
 
-    def __init__(self, device: Device, session: s.Session) -> None:
+    def __init__(self, device: Device, session: Session) -> None:
         self.device = device
         self.session = session
         self.workers = device.workers
@@ -51,55 +53,55 @@ class DataPlane:
         self.retired: list[GuestMemory] = []
         self.backend_channel: OwnedFd | None = None
 
-    async def carry_out(self, effect: s.Effect) -> int | None:
+    async def carry_out(self, effect: e.Effect) -> int | None:
         """Does what `effect` says; StopRing returns the ring's base."""
         match effect:
-            case s.SetFeatures(features):
+            case e.SetFeatures(features):
                 self._set_features(features)
-            case s.SetMemory(regions, fds):
+            case e.SetMemory(regions, fds):
                 self._set_memory(regions, fds)
-            case s.AddRegion(region, fd):
+            case e.AddRegion(region, fd):
                 with fd:
                     self._replace_memory([*self._regions(), _map(region, fd)])
-            case s.RemoveRegion(region):
+            case e.RemoveRegion(region):
                 self._remove_region(region)
-            case s.SetLog(fd, offset, size):
+            case e.SetLog(fd, offset, size):
                 self._set_log(fd, offset, size)
-            case s.StartRing(index):
+            case e.StartRing(index):
                 self._start_ring(index)
-            case s.StopRing(index):
+            case e.StopRing(index):
                 return await self._stop_ring(index)
-            case s.EnableRing(index, enabled):
+            case e.EnableRing(index, enabled):
                 if index in self.rings:
                     with self._held([index]):
                         self.device.ring_enabled(index, enabled)
-            case s.SetRingCall(index):
+            case e.SetRingCall(index):
                 self._set_call(index)
                 _close(effect.replaced)
-            case s.SetRingKick(index):
+            case e.SetRingKick(index):
                 if index in self.rings:
                     self.device.ring_kick(index, _eventfd(self.session.rings[index].kick))
                 _close(effect.replaced)
-            case s.SetRingErr():
+            case e.SetRingErr():
                 _close(effect.replaced)
-            case s.SetRingAddresses(index):
+            case e.SetRingAddresses(index):
                 self._set_addresses(index)
-            case s.SetRingBase(index):
+            case e.SetRingBase(index):
                 if index in self.rings:
                     with self._held([index]) as virtqueues:
                         virtqueues[0].base = self.session.rings[index].base
-            case s.SetBackendChannel(fd):
+            case e.SetBackendChannel(fd):
                 _close(self.backend_channel)
                 self.backend_channel = fd
-            case s.SetMtu(mtu):
+            case e.SetMtu(mtu):
                 self.device.set_mtu(mtu)
-            case s.SendRarp(mac):
+            case e.SendRarp(mac):
                 self.device.send_rarp(mac)
-            case s.WriteConfig(offset, data):
+            case e.WriteConfig(offset, data):
                 self.device.write_config(offset, data)
-            case s.SetStatus():
+            case e.SetStatus():
                 pass
-            case s.ResetDevice():
+            case e.ResetDevice():
                 for index in list(self.rings):
                     await self._stop_ring(index)
             case _:
@@ -151,13 +153,13 @@ class DataPlane:
     def _regions(self) -> list[RegionInfo]:
         return list(self.memory.regions) if self.memory is not None else []
 
-    def _set_memory(self, regions: tuple[s.MemoryRegion, ...], fds: tuple[OwnedFd, ...]) -> None:
+    def _set_memory(self, regions: tuple[MemoryRegion, ...], fds: tuple[OwnedFd, ...]) -> None:
         with contextlib.ExitStack() as stack:
             for fd in fds:
                 stack.enter_context(fd)
             self._replace_memory([_map(*pair) for pair in zip(regions, fds, strict=True)])
 
-    def _remove_region(self, region: s.MemoryRegion) -> None:
+    def _remove_region(self, region: MemoryRegion) -> None:
         kept = [
             r
             for r in self._regions()
@@ -286,7 +288,7 @@ class DataPlane:
             virtqueues[0].set_log(*self._log_of(index))
 
 
-def _map(region: s.MemoryRegion, fd: OwnedFd) -> RegionInfo:
+def _map(region: MemoryRegion, fd: OwnedFd) -> RegionInfo:
     mapping = Mapping(fd.fileno(), region.offset, region.size)
     return RegionInfo(region.gpa, region.size, region.uva, mapping)
 

@@ -15,15 +15,16 @@ import stat
 import weakref
 from typing import Any, ClassVar
 
-from vhostpy import fds, memory, session
+from vhostpy import fds, memory
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
+from vhostpy.effects import Effect, Reply, StopRing
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
-from vhostpy.protocol import Decoder, encode_reply
+from vhostpy.protocol import Decoder, Message, encode_reply
+from vhostpy.session import Session
 
 log = logging.getLogger("vhostpy")
 
-RECEIVE_SIZE = 65536
 # A front-end that takes none of our replies for so long has hung.
 SEND_TIMEOUT_S = 10.0
 # A new front-end waits so long for the old one's session to be cleared away.
@@ -173,7 +174,7 @@ class Connection:
     def __init__(self, device: Device, sock: socket.socket) -> None:
         self.device = device
         self.sock = sock
-        self.session = session.Session(device)
+        self.session = Session(device)
         self.plane = DataPlane(device, self.session)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -212,7 +213,7 @@ class Connection:
         while True:
             await _ready(self.sock, write=False)
             try:
-                data, received = fds.receive(self.sock, RECEIVE_SIZE)
+                data, received = fds.receive(self.sock, decoder.wanted)
             except BlockingIOError:
                 continue
             except ConnectionResetError:
@@ -227,7 +228,7 @@ class Connection:
                 # One message a turn of the loop: a flood of them starves no other session.
                 await asyncio.sleep(0)
 
-    async def _handle(self, message: Any) -> None:
+    async def _handle(self, message: Message) -> None:
         error: VhostpyError | None = None
         try:
             for effect in self.session.handle(message):
@@ -240,10 +241,10 @@ class Connection:
         for effect in self.session.done(message, error):
             await self._do(effect)
 
-    async def _do(self, effect: session.Effect) -> None:
-        if isinstance(effect, session.Reply):
+    async def _do(self, effect: Effect) -> None:
+        if isinstance(effect, Reply):
             await self._send(encode_reply(effect.request, effect.payload), effect.fds)
-        elif isinstance(effect, session.StopRing):
+        elif isinstance(effect, StopRing):
             base = await self.plane.carry_out(effect)
             for follow_up in self.session.ring_stopped(effect.index, base):
                 await self._do(follow_up)
