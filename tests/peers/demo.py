@@ -97,7 +97,8 @@ class Demo:
         self.say(f"TCP: {TCP_MIB} MiB of random bytes from a to b")
         transfer = traffic.send_over_tcp(a, b, ADDRESSES[1], mib=TCP_MIB)
         if transfer.sent_sum != transfer.received_sum:
-            raise DemoFailed(f"TCP: sha256 {transfer.sent_sum} sent, {transfer.received_sum} arrived")
+            raise DemoFailed(
+                f"TCP: sha256 {transfer.sent_sum} sent, {transfer.received_sum} arrived")
         self.rows.append((f"TCP, {TCP_MIB} MiB", f"{transfer.gbit_s:.2f} Gbit/s, checksums equal"))
 
     def _disk(self, a: Guest) -> None:

@@ -235,8 +235,8 @@ class Job:
     def wait(self, timeout_s: float = 60.0, *, on: Guest | None = None) -> Result:
         """Until it ends; `on`: where its guest was migrated to."""
         guest = on or self.guest
-        result = guest.run(f"read status < {self.path}; cat {self.path}.out; exit $status", timeout_s)
-        return result
+        return guest.run(
+            f"read status < {self.path}; cat {self.path}.out; exit $status", timeout_s)
 
 
 def boot(*guests: Guest, timeout_s: float = BOOT_S) -> None:

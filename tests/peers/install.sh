@@ -49,7 +49,7 @@ install_system_packages() {
         command -v sudo >/dev/null || fail "missing packages: $missing" "as root: apt-get install $missing"
         sudo=sudo
     fi
-    say "system packages: $missing ($sudo apt-get install)"
+    say "system packages, by ${sudo:+sudo }apt-get install: $missing"
     $sudo apt-get -qq update
     # shellcheck disable=SC2086
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install --no-install-recommends \

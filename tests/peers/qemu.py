@@ -143,7 +143,9 @@ class QemuProcess:
     We listen and QEMU connects, so nothing is polled for and no byte is lost.
     """
 
-    def __init__(self, name: str, directory: Path, arguments: list[str], env: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, directory: Path, arguments: list[str], env: dict[str, str]
+    ) -> None:
         self.name = name
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -225,7 +227,9 @@ class QemuProcess:
         assert self._qmp is not None
         return self._qmp.cmd(command, **arguments)
 
-    def wait_event(self, wanted: Callable[[dict[str, Any]], bool], timeout_s: float) -> dict[str, Any]:
+    def wait_event(
+        self, wanted: Callable[[dict[str, Any]], bool], timeout_s: float
+    ) -> dict[str, Any]:
         """The first QMP event that `wanted` accepts; those before it are dropped."""
         assert self._qmp is not None
         deadline = time.monotonic() + timeout_s

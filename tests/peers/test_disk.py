@@ -1,5 +1,6 @@
 """A disk that we serve, used by Linux guests and by QEMU's own virtio-blk front-end."""
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -101,8 +102,6 @@ def test_writers_on_all_cpus_do_not_mix_their_data(disk: Disk) -> None:
 
 
 def sha256(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()
 
 
@@ -179,7 +178,7 @@ def test_disk_outlives_100_killed_front_ends(directory: Path) -> None:
     program = peers.trixie("qemu-img")
     target = f"driver=virtio-blk-vhost-user,path={socket},cache.direct=on"
     with Backend("blk", "--socket", socket, "--file", image, directory=directory) as backend:
-        before = None
+        footprints = []
         for _ in range(101):
             bench = subprocess.Popen(
                 [*program.argv, "bench", "-w", "-c", "100000000", "-d", "64", "-s", "4096",
@@ -191,7 +190,6 @@ def test_disk_outlives_100_killed_front_ends(directory: Path) -> None:
             bench.wait()
             bench.stdout.close()
             assert qemu_io(socket, "write -P 1 0 1M", "read -P 1 0 1M").returncode == 0
-            before = before or backend.footprint()
-        after = backend.footprint()
-        assert (after.fds, after.threads, after.mappings) == (
-            before.fds, before.threads, before.mappings)
+            footprints.append(backend.footprint())
+    first, last = footprints[0], footprints[-1]
+    assert (last.fds, last.threads, last.mappings) == (first.fds, first.threads, first.mappings)

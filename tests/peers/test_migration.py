@@ -51,7 +51,8 @@ def test_guest_moves_while_it_pings(directory: Path, pairs: int) -> None:
         wait_lines(source, f"{out.path}.out", 20)
         source.migrate_to(target)
         source.close()
-        for ping in (traffic.pinged(out.wait(on=target).output), traffic.pinged(back.wait().output)):
+        for job, guest in ((out, target), (back, stays)):
+            ping = traffic.pinged(job.wait(on=guest).output)
             assert ping.sent == 100
             assert ping.received >= 95, ping.output
         # What it received after the move came through the new port, and so does TCP.
