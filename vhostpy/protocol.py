@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 from vhostpy.errors import ProtocolError
 from vhostpy.fds import FDS_MAX, OwnedFd, close_all
 from vhostpy.payloads import (
-    TABLE_REGIONS_MAX,
     U64,
     Config,
     DeviceState,
@@ -116,26 +115,29 @@ class BackEndRequest(IntEnum):
 
 
 class FdRule(Enum):
-    """How many file descriptors come with a message; the value is the most."""
+    """How many file descriptors come with a message."""
 
-    NONE = (0, 0)
-    ONE = (1, 1)
-    OPTIONAL = (0, 1)
-    UNLESS_FLAGGED = (0, 1, "VringFile")  # bit 8 of the u64 says that there is none
-    ONE_PER_REGION = (0, TABLE_REGIONS_MAX, "MemoryTable")
-    ANY = (0, FDS_MAX)
-
-    @property
-    def most(self) -> int:
-        return int(self.value[1])
+    NONE = "none"
+    ONE = "one"
+    OPTIONAL = "at most one"
+    UNLESS_FLAGGED = "one, unless bit 8 of the u64 says that there is none"
+    ONE_PER_REGION = "one for each memory region"
+    ANY = "any"
 
     def bounds(self, payload: Any) -> tuple[int, int]:
         """The least and the most for this payload."""
-        if self is FdRule.UNLESS_FLAGGED:
-            return (1, 1) if payload.has_fd else (0, 0)
-        if self is FdRule.ONE_PER_REGION:
-            return len(payload.regions), len(payload.regions)
-        return self.value[0], self.value[1]
+        match self:
+            case FdRule.ONE:
+                return 1, 1
+            case FdRule.OPTIONAL:
+                return 0, 1
+            case FdRule.UNLESS_FLAGGED:
+                return int(payload.has_fd), int(payload.has_fd)
+            case FdRule.ONE_PER_REGION:
+                return len(payload.regions), len(payload.regions)
+            case FdRule.ANY:
+                return 0, FDS_MAX
+        return 0, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,28 +346,37 @@ class Decoder:
     def feed(self, data: bytes, fds: Sequence[OwnedFd] = ()) -> list[Message]:
         """The messages that are complete now, in order.
 
-        `fds` came with `data`; together with them no more than `wanted` bytes may be fed.
+        `fds` came with `data`. The kernel hands out bytes without fds together with the next
+        ones that have some, and stops there: so they belong to the last message that begins
+        in `data`. Whoever reads `wanted` bytes at a time feeds one message's at most.
         Raises ProtocolError where the form is wrong: all fds in hand are closed then, and
         the stream has no meaning any more.
         """
-        self._fds.extend(fds)
+        pending = list(fds)
+        begun_before = self._header is not None
         messages: list[Message] = []
         try:
-            if fds and len(data) > self.wanted:
-                raise ValueError("fds fed with more than `wanted` bytes: whose are they?")
-            if fds and self._header is not None:
-                raise ProtocolError(
-                    f"{self._name()}: {len(fds)} fds came with the payload instead of the header"
-                )
             self._buffer += data
-            while (message := self._next()) is not None:
-                messages.append(message)
+            while True:
+                if self._header is None and len(self._buffer) >= Header.LAYOUT.size:
+                    self._header = self._take_header()
+                if pending and (self._header is None or self.wanted >= 0):
+                    if begun_before:
+                        raise ProtocolError(
+                            f"{self._name()}: {len(pending)} fds came after its header"
+                        )
+                    self._fds += pending
+                    pending = []
+                if self._header is None or self.wanted > 0:
+                    return messages
+                messages.append(self._take_message(self._header))
+                begun_before = False
         except BaseException:
             self.close()
+            close_all(pending)
             for message in messages:
                 message.close()
             raise
-        return messages
 
     def close(self) -> None:
         """Closes the fds of an unfinished message and forgets it."""
@@ -378,15 +389,6 @@ class Decoder:
 
     def _name(self) -> str:
         return self.direction.name(self._header.request) if self._header else "message"
-
-    def _next(self) -> Message | None:
-        if self._header is None:
-            if len(self._buffer) < Header.LAYOUT.size:
-                return None
-            self._header = self._take_header()
-        if len(self._buffer) < self._header.size:
-            return None
-        return self._take_message(self._header)
 
     def _take_header(self) -> Header:
         size = Header.LAYOUT.size
@@ -402,13 +404,11 @@ class Decoder:
         if bool(header.flags & FLAG_REPLY) != self.direction.is_reply:
             expected = "a reply" if self.direction.is_reply else "a request"
             raise ProtocolError(f"{name}: flags {header.flags:#x}, expected {expected}")
-        payloads, rule = self.direction.form(header.request)
+        payloads, _ = self.direction.form(header.request)
         sizes = [payload.sizes() for payload in payloads]
         if not any(least <= header.size <= most for least, most in sizes):
             bounds = " or ".join(str(a) if a == b else f"{a} to {b}" for a, b in sizes)
             raise ProtocolError(f"{name}: payload of {header.size} bytes, expected {bounds}")
-        if len(self._fds) > rule.most:
-            raise ProtocolError(f"{name}: {len(self._fds)} fds, expected at most {rule.most}")
         return header
 
     def _take_message(self, header: Header) -> Message:

@@ -123,14 +123,15 @@ class Session:
         self.logging = False  # a dirty log is known
         self.device_status = 0
         self.refused: Counter[str] = Counter()
-        self.ended: VhostpyError | None = None
+        # Why it is over. Not the exception: that keeps frames alive, and fds in them.
+        self.ended = ""
         self._messages = 0
 
     # Doors -----------------------------------------------------------------------------
 
     def handle(self, message: Message) -> list[Effect]:
         """What `message` changes. Raises ProtocolError; `done` is called in any case."""
-        if self.ended is not None:
+        if self.ended:
             raise ProtocolError(f"{message.name} after the session ended: {self.ended}")
         self._messages += 1
         served = SERVED.get(message.request)
@@ -158,7 +159,7 @@ class Session:
             return
         payload = self._no(message)
         if payload is None or not isinstance(error, Refused):
-            self.ended = error
+            self.ended = str(error)
         else:
             self.refused[message.name] += 1
             # The first of its kind only: a front-end must not fill the operator's disk.
@@ -166,8 +167,12 @@ class Session:
                 log.warning("%s: refused: %s", self.device.name, error)
         if payload is not None:
             yield _reply(message, payload)
-        if self.ended is not None:
-            raise error
+        if self.ended:
+            try:
+                raise error
+            finally:
+                # No cycle of frame and traceback: fds in the frames are closed at once.
+                del error
 
     def ring_stopped(self, index: int, base: int) -> list[Effect]:
         """A StopRing was carried out; the ring would go on at `base`."""
@@ -597,7 +602,7 @@ class Session:
 
     def _handshake(self) -> tuple[str, str]:
         """Where it stands, and what comes next ("" when nothing has to)."""
-        if self.ended is not None:
+        if self.ended:
             return "ended", ""
         if not self._messages:
             return "connected", "waiting for the first message"
