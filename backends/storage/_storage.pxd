@@ -19,13 +19,15 @@ cdef struct Request:
     # Owned by the caller, from submit() until poll() hands it back.
     uint64_t offset        # bytes
     uint64_t size          # bytes; for READ and WRITE the sum of the iovecs
-    iovec *iov             # guest memory; stays mapped while the request is under way
+    iovec *iov             # guest memory; stays mapped while the request is under way.
+                           # Handed back as it was, whatever happens to it in between
     int32_t iov_count
     int32_t op             # Op
     int32_t flags
     int32_t result         # 0, or a negative errno: set before it is handed back
     void *owner            # the caller's
     Request *next          # the storage's, while it has the request
+    void *home             # the storage's, likewise
 
 cdef class Storage:
     # What a disk is made of. Ranges are checked by the caller against `size_bytes`.

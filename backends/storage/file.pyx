@@ -1,0 +1,472 @@
+"""A disk in a file or on a block device, by a pool of threads.
+
+The way that works everywhere: each request is a preadv, pwritev, fdatasync or fallocate
+that may block its thread. Workers never wait: they put requests into one queue, and each
+channel has a list of those that are done.
+"""
+cimport cython
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, errno
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from posix.signal cimport sigfillset, sigset_t
+from posix.stat cimport S_ISBLK, S_ISDIR, S_ISREG
+from posix.types cimport off_t
+from posix.uio cimport iovec, preadv, pwritev
+from posix.unistd cimport close, fdatasync, write
+
+from vhostpy._hw cimport load_acquire_u32, store_release_u32
+from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
+
+import errno as errors
+import logging
+import os
+import threading
+
+from vhostpy.backends.storage._storage import check_block_size
+from vhostpy.errors import ConfigError
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef unsigned long pthread_t
+    int pthread_mutex_init(pthread_mutex_t *, void *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_cond_init(pthread_cond_t *, void *)
+    int pthread_cond_destroy(pthread_cond_t *)
+    int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
+    int pthread_cond_signal(pthread_cond_t *)
+    int pthread_cond_broadcast(pthread_cond_t *)
+    pthread_t pthread_self()
+    int pthread_setname_np(pthread_t, const char *)
+
+cdef extern from "<signal.h>" nogil:
+    int pthread_sigmask(int, const sigset_t *, sigset_t *)
+    int SIG_SETMASK
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int, int)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef extern from "<fcntl.h>" nogil:
+    int fallocate(int, int, off_t, off_t)
+
+cdef extern from "<linux/falloc.h>" nogil:
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+
+cdef enum:
+    THREADS = 8             # requests that the kernel has at a time
+    IOV_MAX = 1024          # limits.h: iovecs that one call takes
+    ZEROS = 65536
+    ZERO_PIECES = 16
+    JOIN_S = 2
+
+cdef char zeros[ZEROS]      # C zeroes it; only ever read
+
+log = logging.getLogger("vhostpy")
+
+
+# --- What threads share: plain C, so that a thread that hangs can outlive its objects. ---
+
+cdef struct Pool:
+    pthread_mutex_t lock
+    pthread_cond_t wanted
+    Request *first
+    Request **last
+    uint32_t waiting        # threads
+    uint32_t stopping
+    int fd
+    int flush_error         # sticky: the kernel reports a lost write only once
+    bint no_punch           # fallocate's answers, found out by trying
+    bint no_zero_range
+    uint64_t failed_flushes
+
+cdef struct Done:
+    # A channel's side: requests that came back.
+    pthread_mutex_t lock
+    Request *first
+    Request **last
+    uint32_t count          # also read without the lock
+    uint32_t armed
+    int fd
+
+
+cdef void put_done(Done *done, Request *request) noexcept nogil:
+    cdef uint64_t one = 1
+    request.next = NULL
+    pthread_mutex_lock(&done.lock)
+    done.last[0] = request
+    done.last = &request.next
+    store_release_u32(&done.count, done.count + 1)
+    if done.armed:
+        done.armed = 0
+        # Under the lock, which close() takes: the fd is still ours.
+        write(done.fd, &one, sizeof(one))
+    pthread_mutex_unlock(&done.lock)
+
+
+# --- What a thread does -----------------------------------------------------------------
+
+cdef int transfer(int fd, Request *request) noexcept nogil:
+    """All of a READ or WRITE; transfers may come short, and lists be too long."""
+    cdef iovec *iov = request.iov
+    cdef int32_t left = request.iov_count
+    cdef uint64_t offset = request.offset, size = request.size
+    cdef iovec cut          # as *iov was before we moved its start
+    cdef bint is_cut = False
+    cdef ssize_t got
+    cdef size_t taken
+    cdef int result = 0
+    while size > 0:
+        if request.op == Op.READ:
+            got = preadv(fd, iov, min(left, <int32_t>IOV_MAX), <off_t>offset)
+        else:
+            got = pwritev(fd, iov, min(left, <int32_t>IOV_MAX), <off_t>offset)
+        if got < 0:
+            if errno == EINTR:
+                continue
+            result = -errno
+            break
+        if got == 0:        # the file has become shorter
+            result = -EIO
+            break
+        offset += <uint64_t>got
+        size -= <uint64_t>got
+        taken = <size_t>got
+        while left > 0 and taken >= iov.iov_len:
+            taken -= iov.iov_len
+            if is_cut:
+                iov[0] = cut
+                is_cut = False
+            iov += 1
+            left -= 1
+        if taken > 0:
+            if not is_cut:
+                cut = iov[0]
+                is_cut = True
+            iov.iov_base = <char *>iov.iov_base + taken
+            iov.iov_len -= taken
+    if is_cut:
+        iov[0] = cut
+    return result
+
+
+cdef int write_zeros(int fd, uint64_t offset, uint64_t size) noexcept nogil:
+    cdef iovec iov[ZERO_PIECES]
+    cdef Request request
+    cdef int i, result
+    request.op = Op.WRITE
+    request.iov = iov
+    while size > 0:
+        request.offset = offset
+        request.size = request.iov_count = 0
+        for i in range(ZERO_PIECES):
+            if size == 0:
+                break
+            iov[i].iov_base = zeros
+            iov[i].iov_len = min(size, <uint64_t>ZEROS)
+            size -= iov[i].iov_len
+            request.size += iov[i].iov_len
+            request.iov_count += 1
+        offset += request.size
+        result = transfer(fd, &request)
+        if result < 0:
+            return result
+    return 0
+
+
+cdef int allocate(int fd, int mode, uint64_t offset, uint64_t size) noexcept nogil:
+    cdef int result
+    while True:
+        result = fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, <off_t>offset, <off_t>size)
+        if result == 0:
+            return 0
+        if errno != EINTR:
+            return -errno
+
+
+cdef inline bint unsupported(int result) noexcept nogil:
+    # EINVAL: a block device that takes only whole blocks of more than 512 bytes.
+    return result in (-EOPNOTSUPP, -ENOSYS, -ENODEV, -ENOTTY, -EINVAL)
+
+
+cdef int clear(Pool *pool, Request *request) noexcept nogil:
+    """DISCARD and WRITE_ZEROES."""
+    cdef int result
+    if request.size == 0:
+        return 0
+    if request.op == Op.DISCARD or request.flags & REQUEST_UNMAP:
+        if not pool.no_punch:
+            result = allocate(pool.fd, FALLOC_FL_PUNCH_HOLE, request.offset, request.size)
+            if not unsupported(result):
+                return result
+            if result != -EINVAL:
+                pool.no_punch = True
+        if request.op == Op.DISCARD:
+            return 0        # only a hint
+    if not pool.no_zero_range:
+        result = allocate(pool.fd, FALLOC_FL_ZERO_RANGE, request.offset, request.size)
+        if not unsupported(result):
+            return result
+        if result != -EINVAL:
+            pool.no_zero_range = True
+    return write_zeros(pool.fd, request.offset, request.size)
+
+
+cdef int flush(Pool *pool) noexcept nogil:
+    if pool.flush_error == 0:
+        while fdatasync(pool.fd) < 0:
+            if errno != EINTR:
+                # Dirty pages may be dropped after the first failure: a later success
+                # would be a lie about them.
+                pool.flush_error = -errno
+                break
+    return pool.flush_error
+
+
+cdef int carry_out(Pool *pool, Request *request) noexcept nogil:
+    if request.op == Op.READ or request.op == Op.WRITE:
+        return transfer(pool.fd, request)
+    if request.op == Op.FLUSH:
+        return flush(pool)
+    return clear(pool, request)
+
+
+cdef void serve(Pool *pool) noexcept nogil:
+    cdef Request *request
+    cdef Done *home
+    while True:
+        pthread_mutex_lock(&pool.lock)
+        while pool.first == NULL and not pool.stopping:
+            pool.waiting += 1
+            pthread_cond_wait(&pool.wanted, &pool.lock)
+            pool.waiting -= 1
+        request = pool.first
+        if request != NULL:
+            pool.first = request.next
+            if pool.first == NULL:
+                pool.last = &pool.first
+        pthread_mutex_unlock(&pool.lock)
+        if request == NULL:
+            return
+        home = <Done *>request.home
+        request.result = carry_out(pool, request)
+        put_done(home, request)
+
+
+def run(uint64_t pool, int number):
+    """A thread of the pool; holds no object, only the pool, which close() frees behind it."""
+    cdef sigset_t mask
+    name = f"vhostpy-io{number}".encode()
+    cdef const char *text = name
+    with nogil:
+        sigfillset(&mask)       # signals are the main thread's; faults here are EFAULT
+        pthread_sigmask(SIG_SETMASK, &mask, NULL)
+        pthread_setname_np(pthread_self(), text)
+        serve(<Pool *>pool)
+
+
+# --- Storage and channel -----------------------------------------------------------------
+
+@cython.final
+cdef class FileStorage(Storage):
+    """The file or block device at `path`, all of it."""
+    cdef Pool *pool
+    cdef list threads
+    cdef object lock
+
+    def __cinit__(self):
+        self.threads = []
+        self.lock = threading.Lock()
+
+    def __init__(self, path: str, read_only: bool = False, block_size: int = 512) -> None:
+        if self.pool != NULL:
+            raise TypeError("made already")
+        path = os.fspath(path)
+        self.block_size = check_block_size(block_size)
+        fd = open_image(path, read_only)
+        try:
+            size, is_device = size_of(fd, path)
+            usable = size // block_size * block_size
+            if usable == 0:
+                raise ConfigError(
+                    f"{path}: {size} bytes, less than one block of {block_size}",
+                    hint=f"give it a size: truncate -s 10G {path}")
+            if usable != size:
+                log.warning("%s: the last %d bytes are no whole block and are not shown",
+                            path, size - usable)
+            self.pool = <Pool *>calloc(1, sizeof(Pool))
+            if self.pool == NULL:
+                raise MemoryError
+        except BaseException:
+            os.close(fd)
+            raise
+        pthread_mutex_init(&self.pool.lock, NULL)
+        pthread_cond_init(&self.pool.wanted, NULL)
+        self.pool.last = &self.pool.first
+        self.pool.fd = fd
+        self.size_bytes = usable
+        self.read_only = read_only
+        self.can_discard = self.can_write_zeroes = not read_only
+        self.name = f"{'device' if is_device else 'file'} {path}"
+
+    def channel(self) -> FileChannel:
+        if self.pool == NULL:
+            raise ValueError(f"{self.name}: closed")
+        self.start_threads()
+        return FileChannel(self)
+
+    def start_threads(self):
+        # With the first channel: a disk that nobody opened has none.
+        with self.lock:
+            for number in range(len(self.threads), THREADS):
+                thread = threading.Thread(target=run, args=(<uint64_t>self.pool, number),
+                                          daemon=True)
+                self.threads.append(thread)
+                thread.start()
+
+    def close(self) -> None:
+        """Ends the threads once they have done what is queued; idempotent.
+
+        One that hangs in the kernel is left behind, with the file still open.
+        """
+        cdef Pool *pool = self.pool
+        if pool == NULL:
+            return
+        self.pool = NULL
+        pthread_mutex_lock(&pool.lock)
+        pool.stopping = 1
+        pthread_cond_broadcast(&pool.wanted)
+        pthread_mutex_unlock(&pool.lock)
+        with self.lock:
+            for thread in self.threads:
+                thread.join(JOIN_S)
+            stuck = sum(thread.is_alive() for thread in self.threads)
+            self.threads.clear()
+        if stuck:
+            log.error("%s: %d requests hang in the kernel; the file stays open", self.name, stuck)
+            return
+        os.close(pool.fd)
+        pthread_cond_destroy(&pool.wanted)
+        pthread_mutex_destroy(&pool.lock)
+        free(pool)
+
+
+@cython.final
+cdef class FileChannel(Channel):
+    cdef FileStorage storage        # its threads, and so the pool, outlive the channel
+    cdef Pool *pool
+    cdef Done *done
+
+    def __cinit__(self, FileStorage storage not None):
+        self.storage = storage
+        self.pool = storage.pool
+        self.done = <Done *>calloc(1, sizeof(Done))
+        if self.done == NULL:
+            raise MemoryError
+        pthread_mutex_init(&self.done.lock, NULL)
+        self.done.last = &self.done.first
+        self.done.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.done.fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.completion_fd = self.done.fd
+
+    cdef int submit(self, Request **burst, int count) noexcept nogil:
+        cdef Pool *pool = self.pool
+        cdef int i
+        cdef uint32_t wake
+        for i in range(count):
+            burst[i].home = self.done
+            burst[i].next = burst[i + 1] if i + 1 < count else NULL
+        if count == 0:
+            return 0
+        pthread_mutex_lock(&pool.lock)
+        pool.last[0] = burst[0]
+        pool.last = &burst[count - 1].next
+        wake = min(pool.waiting, <uint32_t>count)
+        pthread_mutex_unlock(&pool.lock)
+        for i in range(<int>wake):
+            pthread_cond_signal(&pool.wanted)
+        return count
+
+    cdef int poll(self, Request **done, int limit) noexcept nogil:
+        cdef Done *mine = self.done
+        cdef int count = 0
+        if load_acquire_u32(&mine.count) == 0:
+            return 0
+        pthread_mutex_lock(&mine.lock)
+        while count < limit and mine.first != NULL:
+            done[count] = mine.first
+            mine.first = mine.first.next
+            count += 1
+        if mine.first == NULL:
+            mine.last = &mine.first
+        mine.count -= <uint32_t>count
+        pthread_mutex_unlock(&mine.lock)
+        return count
+
+    cdef bint arm(self) noexcept nogil:
+        cdef bint ready
+        pthread_mutex_lock(&self.done.lock)
+        ready = self.done.first != NULL
+        self.done.armed = not ready
+        pthread_mutex_unlock(&self.done.lock)
+        return ready
+
+    cdef void disarm(self) noexcept nogil:
+        pthread_mutex_lock(&self.done.lock)
+        self.done.armed = 0
+        pthread_mutex_unlock(&self.done.lock)
+
+    def close(self) -> None:
+        cdef Done *done = self.done
+        if done == NULL:
+            return
+        self.done = NULL
+        self.completion_fd = -1
+        # The thread that brought the last request back may still hold it.
+        pthread_mutex_lock(&done.lock)
+        pthread_mutex_unlock(&done.lock)
+        close(done.fd)
+        pthread_mutex_destroy(&done.lock)
+        free(done)
+
+
+# --- Opening -------------------------------------------------------------------------------
+
+def open_image(path, read_only):
+    """The image's fd; this is also where an image is to be locked."""
+    flags = os.O_CLOEXEC | os.O_NOCTTY | (os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for its other end.
+        fd = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        hint = {
+            errors.ENOENT: f"make it: truncate -s 10G {path}",
+            errors.EACCES: "see who may read and write it: ls -l, or add --read-only",
+            errors.EPERM: "see who may write it: lsattr, or add --read-only",
+            errors.EROFS: "its file system is read-only: add --read-only",
+            errors.EISDIR: "name a file in it",
+            errors.ETXTBSY: "a running program is executed from it",
+            errors.ENXIO: "name a regular file or a block device",
+        }.get(error.errno, "")
+        raise ConfigError(f"{path}: {error.strerror.lower()}", hint=hint) from None
+    os.set_blocking(fd, True)
+    return fd
+
+
+def size_of(fd, path):
+    """(bytes, whether it is a block device)."""
+    mode = os.fstat(fd).st_mode
+    if S_ISBLK(mode):
+        # What BLKGETSIZE64 says; only opening read-write a read-only device fails later.
+        return os.lseek(fd, 0, os.SEEK_END), True
+    if S_ISREG(mode):
+        return os.fstat(fd).st_size, False
+    if S_ISDIR(mode):
+        raise ConfigError(f"{path}: a directory", hint="name a file in it")
+    raise ConfigError(f"{path}: neither a regular file nor a block device",
+                      hint="name a disk image")

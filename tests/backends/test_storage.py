@@ -1,0 +1,228 @@
+"""Each storage against a bytearray, and what goes wrong with files."""
+
+import errno
+import logging
+import os
+import resource
+import threading
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vhostpy.backends.storage._storage import Op
+from vhostpy.backends.storage.file import FileStorage
+from vhostpy.backends.storage.gate import GateStorage
+from vhostpy.backends.storage.null import NullStorage
+from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.errors import ConfigError
+
+SIZE = 1 << 20
+UNMAP = 1
+
+
+@contextmanager
+def channel_of(storage):
+    channel = storage.channel()
+    try:
+        yield channel
+    finally:
+        channel.close()
+        storage.close()
+
+
+def image(path, size=SIZE):
+    with open(path, "wb") as file:
+        file.truncate(size)
+    return str(path)
+
+
+def opened_gate():
+    storage = GateStorage(SIZE)
+    storage.open()
+    return storage
+
+
+STORAGES = {
+    "ram": lambda tmp: RamStorage(SIZE),
+    "file": lambda tmp: FileStorage(image(tmp / "disk.img")),
+    "gate": lambda tmp: opened_gate(),
+}
+
+
+requests = st.tuples(
+    st.sampled_from([Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES]),
+    st.integers(0, SIZE // 512),
+    st.one_of(st.integers(0, 40), st.integers(0, SIZE // 512)),
+    st.sampled_from([512, 4096, 1000, 77]),
+    st.integers(0, 255),
+    st.sampled_from([0, UNMAP]),
+)
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+@settings(max_examples=40, deadline=None)
+@given(mix=st.lists(requests, max_size=30))
+def test_contents_are_those_of_a_bytearray(tmp_path_factory, kind, mix):
+    model = bytearray(SIZE)
+    with channel_of(STORAGES[kind](tmp_path_factory.mktemp("disk"))) as channel:
+        for op, sector, sectors, piece, fill, flags in mix:
+            offset = sector * 512
+            size = min(sectors * 512, SIZE - offset)
+            data = bytes((fill + i) % 251 for i in range(size)) if op == Op.WRITE else b""
+            if op == Op.FLUSH:
+                offset = size = 0
+            result, out = channel.run(op, offset, size, data, flags=flags, piece=piece)
+            assert result == 0
+            if op == Op.READ:
+                assert out == model[offset : offset + size]
+            elif op == Op.WRITE:
+                model[offset : offset + size] = data
+            elif op == Op.WRITE_ZEROES:
+                model[offset : offset + size] = bytes(size)
+            elif op == Op.DISCARD:
+                # "undefined"; ours are zeros, where the file system can
+                model[offset : offset + size] = channel.run(Op.READ, offset, size)[1]
+        assert channel.run(Op.READ, 0, SIZE) == (0, bytes(model))
+
+
+def test_ram_gives_discarded_pages_back():
+    def resident():
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * 4096
+
+    size = 64 << 20
+    with channel_of(RamStorage(size)) as channel:
+        channel.run(Op.WRITE, 0, size, b"x" * size, piece=1 << 20)
+        before = resident()
+        assert channel.run(Op.DISCARD, 512, size - 512)[0] == 0
+        assert resident() < before - size // 2
+        assert channel.run(Op.READ, 0, 1024)[1] == b"x" * 512 + bytes(512)
+
+
+def test_a_huge_copy_takes_many_polls_so_that_a_turn_stays_short():
+    storage = RamStorage(64 << 20)
+    with channel_of(storage) as channel:
+        data = os.urandom(16 << 20)
+        assert channel.run(Op.WRITE, 4096, len(data), data, piece=1 << 20)[0] == 0
+        assert channel.run(Op.READ, 4096, len(data), piece=3000)[1] == data
+
+
+def test_null_writes_nothing_into_its_buffers():
+    with channel_of(NullStorage(1 << 40)) as channel:
+        mark = b"mark" * 1024
+        assert channel.run(Op.READ, (1 << 40) - 4096, 4096, mark) == (0, mark)
+
+
+def test_file_takes_more_pieces_than_one_call_can(tmp_path):
+    with channel_of(FileStorage(image(tmp_path / "disk.img"))) as channel:
+        data = os.urandom(4000 * 64)
+        assert channel.run(Op.WRITE, 512, len(data), data, piece=64)[0] == 0
+        assert channel.run(Op.READ, 512, len(data), piece=64)[1] == data
+    assert (tmp_path / "disk.img").read_bytes()[512 : 512 + len(data)] == data
+
+
+def test_file_truncated_under_us_says_eio_and_serves_the_rest(tmp_path):
+    with channel_of(FileStorage(image(tmp_path / "disk.img"))) as channel:
+        channel.run(Op.WRITE, 0, 4096, b"a" * 4096)
+        os.truncate(tmp_path / "disk.img", 2048)
+        assert channel.run(Op.READ, 0, 4096)[0] == -errno.EIO
+        assert channel.run(Op.READ, 0, 2048) == (0, b"a" * 2048)
+
+
+def test_a_write_that_the_file_system_refuses_says_why(tmp_path):
+    # A limit on file sizes stands for a full file system: both fail in the middle.
+    path = image(tmp_path / "disk.img")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with channel_of(FileStorage(path)) as channel:
+        os.truncate(path, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))
+        try:
+            result, _ = channel.run(Op.WRITE, SIZE // 2 - 2048, 4096, b"x" * 4096, piece=1000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert result == -errno.EFBIG
+        assert channel.run(Op.READ, SIZE // 2 - 2048, 2048) == (0, b"x" * 2048)
+
+
+def test_zeros_reach_a_file_system_without_zero_range():
+    # tmpfs punches holes, but has no FALLOC_FL_ZERO_RANGE: zeros are written.
+    fd = os.memfd_create("disk")
+    os.ftruncate(fd, SIZE)
+    os.pwrite(fd, b"x" * SIZE, 0)
+    with channel_of(FileStorage(f"/proc/self/fd/{fd}")) as channel:
+        assert channel.run(Op.WRITE_ZEROES, 512, 300 * 1024)[0] == 0
+        assert os.pread(fd, SIZE, 0) == b"x" * 512 + bytes(300 * 1024) + b"x" * (
+            SIZE - 512 - 300 * 1024
+        )
+        assert os.fstat(fd).st_blocks * 512 >= SIZE, "not deallocated unless told so"
+        assert channel.run(Op.WRITE_ZEROES, 0, SIZE, flags=UNMAP)[0] == 0
+        assert os.fstat(fd).st_blocks == 0
+    os.close(fd)
+
+
+def test_close_leaves_no_thread_and_no_fd(tmp_path):
+    path = image(tmp_path / "disk.img")
+    threads, fds = threading.active_count(), os.listdir("/proc/self/fd")
+    for _ in range(3):
+        storage = FileStorage(path)
+        channels = [storage.channel() for _ in range(4)]
+        for channel in channels:
+            assert channel.run(Op.READ, 0, 512)[0] == 0
+        for channel in channels:
+            channel.close()
+        storage.close()
+        storage.close()
+    assert threading.active_count() == threads
+    assert os.listdir("/proc/self/fd") == fds
+
+
+def test_completions_signal_nobody_who_has_not_asked(tmp_path):
+    with channel_of(FileStorage(image(tmp_path / "disk.img"))) as channel:
+        channel.run(Op.READ, 0, 512)
+        with pytest.raises(BlockingIOError):  # it was never written
+            os.eventfd_read(channel.completion_fd)
+
+
+# What an operator gets wrong ---------------------------------------------------------
+
+
+def refused(*arguments, **options):
+    with pytest.raises(ConfigError) as caught:
+        FileStorage(*arguments, **options)
+    text = caught.value.args[0]
+    assert "\n" not in text and caught.value.hint
+    return text
+
+
+def test_a_bad_image_gets_one_line_that_says_what_to_do(tmp_path):
+    assert "no such file" in refused(str(tmp_path / "missing.img"))
+    assert "directory" in refused(str(tmp_path))
+    assert "directory" in refused(str(tmp_path), read_only=True)
+    assert "neither a regular file nor a block device" in refused("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither" in refused(str(tmp_path / "pipe"))
+    assert "neither" in refused(str(tmp_path / "pipe"), read_only=True)
+    assert "less than one block" in refused(image(tmp_path / "empty.img", 0))
+    assert "block size 513" in refused(image(tmp_path / "disk.img"), block_size=513)
+
+
+def test_a_read_only_file_opens_only_read_only():
+    path = "/proc/sys/kernel/ostype"  # 0444, and that holds for root too
+    assert "permission denied" in refused(path)
+    assert "less than one block" in refused(path, read_only=True), "it could be opened"
+
+
+def test_a_read_only_image_is_not_written(tmp_path):
+    with channel_of(FileStorage(image(tmp_path / "disk.img"), read_only=True)) as channel:
+        assert channel.run(Op.READ, 0, 512) == (0, bytes(512))
+        assert channel.run(Op.WRITE, 0, 512, b"x" * 512)[0] == -errno.EBADF
+
+
+def test_an_odd_size_is_rounded_down_and_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "vhostpy"):
+        storage = FileStorage(image(tmp_path / "disk.img", 1000))
+    assert storage.size_bytes == 512
+    assert "488 bytes" in caplog.text
+    storage.close()
