@@ -1,7 +1,9 @@
 """virtio-blk's data path: requests of one virtqueue, to a storage and back."""
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._ring cimport Chain, Virtqueue
-from vhostpy.worker cimport Pollable, Turn
+from vhostpy.memory cimport Segment
+from vhostpy.worker cimport Pollable, Turn, Workers
 from vhostpy.backends.storage._storage cimport Channel, Request, Storage
 
 cdef struct BlkCounters:
@@ -21,11 +23,52 @@ cdef struct BlkCounters:
 
 cdef struct Slot           # private to blk.pyx: a request under way
 
+cdef enum:
+    SERIAL_BYTES = 20
+
+@cython.final
 cdef class DiskQueue(Pollable):
     # One virtqueue of one disk.
-    cdef Virtqueue virtqueue
-    cdef Storage storage
-    cdef Channel channel
-    cdef Slot *slots
-    cdef BlkCounters counts
+    cdef readonly Virtqueue virtqueue
+    cdef readonly Storage storage
+    cdef readonly Channel channel
+    cdef Workers workers
+    # Control's orders.
     cdef uint32_t draining
+    cdef uint32_t abandoned
+    cdef uint32_t write_through
+    cdef bint read_only
+    cdef uint8_t serial[SERIAL_BYTES]
+    # The worker's.
+    cdef Slot *slots
+    cdef uint16_t *free_slots
+    cdef uint32_t slot_count
+    cdef uint32_t free_count
+    cdef Request *first             # not yet taken by the storage
+    cdef Request **last
+    cdef int64_t started            # requests that entered `memory` in this poll
+    cdef BlkCounters counts
+    cdef bint told_broken
+    cdef int32_t first_error        # negative errno of the first I/O error
+    cdef int32_t first_error_op
+    cdef uint64_t first_error_offset
+    # Control's.
+    cdef list kept                  # generations that abandoned requests still use
+
+    cdef int take(self, Turn *turn) noexcept nogil
+    cdef void begin(self, Chain *chain, Turn *turn) noexcept nogil
+    cdef uint8_t begin_transfer(self, Slot *slot, Segment *data, int count, uint64_t size,
+                                uint64_t sector, int op) noexcept nogil
+    cdef uint8_t begin_clear(self, Slot *slot, Segment *data, int count, uint64_t size,
+                             int op) noexcept nogil
+    cdef uint32_t get_id(self, const Segment *data, int count) noexcept nogil
+    cdef void enqueue(self, Slot *slot, Request *request) noexcept nogil
+    cdef int submit(self) noexcept nogil
+    cdef int complete(self) noexcept nogil
+    cdef void finish(self, Slot *slot) noexcept nogil
+    cdef void note_error(self, Slot *slot, Request *request) noexcept nogil
+    cdef void log_slot(self, Slot *slot) noexcept nogil
+    cdef void answer(self, const Chain *chain, uint8_t *status, uint64_t gpa, uint8_t value,
+                     uint32_t written) noexcept nogil
+    cdef void release(self, Slot *slot) noexcept nogil
+    cdef int reap(self) noexcept nogil

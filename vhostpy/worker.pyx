@@ -149,6 +149,11 @@ cdef class Pollable:
         """Whether it waits for a kick."""
         return self.parked
 
+    @property
+    def worker(self) -> int | None:
+        """Index of the worker that polls it."""
+        return self.home.index if self.home is not None else None
+
     def step(self) -> int:
         """One poll on the calling thread, for tests: refused while a worker polls it."""
         cdef Turn turn

@@ -1,0 +1,636 @@
+"""virtio-blk's data path: requests of one virtqueue, to a storage and back.
+
+A chain becomes a Slot: what must be known after the chain's segments are gone (they live
+in the worker's scratch for one burst). Order of completion is free. Everything that a
+guest wrote is copied once, checked, and only the copy is used.
+
+Source: virtio 1.3, "Block Device / Device Operation".
+"""
+cimport cython
+from libc.errno cimport EFAULT
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+from posix.uio cimport iovec
+
+from vhostpy._hw cimport (
+    atomic_add_i64, load_acquire_u32, read_once_u8, read_once_u32, read_once_u64,
+    store_release_u32, unlikely,
+)
+from vhostpy._ring cimport BURST, CHAIN_OK
+from vhostpy.memory cimport GuestMemory, poison
+from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op
+
+import os
+
+from vhostpy._ring import ChainFault
+
+# virtio 1.3, "Block Device / Device Operation": type and status of a request.
+cdef enum:
+    T_IN = 0
+    T_OUT = 1
+    T_FLUSH = 4
+    T_GET_ID = 8
+    T_DISCARD = 11
+    T_WRITE_ZEROES = 13
+
+    S_OK = 0
+    S_IOERR = 1
+    S_UNSUPP = 2
+    UNDER_WAY = 255         # ours: the storage has it
+
+    HEADER = 16             # struct virtio_blk_req up to its data
+    RANGE = 16              # struct virtio_blk_discard_write_zeroes
+    FLAG_UNMAP = 1
+
+    SECTOR = 512
+    SLOTS_MAX = 1024        # under way at a time; a slot may grow to 6 KiB
+    IOV_FIRST = 8
+    # Twice what we offer: a region's end may cut a segment.
+    IOV_LIMIT = 254
+
+# For the config space. Ranges that a storage clears in well under a second.
+SEG_MAX = 126
+cdef enum:
+    CLEAR_SEGMENTS = 32
+    CLEAR_SECTORS = 1 << 19
+MAX_CLEAR_SEGMENTS = CLEAR_SEGMENTS
+MAX_CLEAR_SECTORS = CLEAR_SECTORS
+
+cdef struct Slot:
+    Request request
+    Chain chain             # only what push() reads
+    void *memory            # GuestMemory of when it started; counted in its `references`
+    uint8_t *status
+    uint64_t status_gpa
+    iovec *iov
+    uint64_t *gpas          # of each iovec
+    Request *parts          # a discard of several ranges, instead of `request`
+    int32_t room            # iovecs that `iov` and `gpas` hold
+    int32_t pending         # requests that the storage has not given back
+    int32_t result
+    int32_t op
+    uint8_t flushed
+
+
+# --- Pieces of guest memory ---------------------------------------------------------
+
+cdef void copy_once(uint8_t *out, const uint8_t *hva, uint32_t length) noexcept nogil:
+    # Each byte of the guest's is read once; the compiler may not read it again.
+    cdef uint32_t i = 0
+    if not <uint64_t>hva & 3:
+        while i + 4 <= length:
+            (<uint32_t *>(out + i))[0] = read_once_u32(hva + i)
+            i += 4
+    while i < length:
+        out[i] = read_once_u8(hva + i)
+        i += 1
+
+
+cdef int gather(Segment *segments, int count, void *out, uint32_t length) noexcept nogil:
+    """Moves `length` bytes off the front of `segments`, however they are split.
+
+    There are as many. Returns how many segments are used up; the next one is cut.
+    """
+    cdef uint8_t *at = <uint8_t *>out
+    cdef uint32_t piece
+    cdef int i = 0
+    while length > 0 and i < count:
+        piece = min(length, segments[i].length)
+        copy_once(at, segments[i].hva, piece)
+        at += piece
+        length -= piece
+        if piece < segments[i].length:
+            segments[i].hva += piece
+            segments[i].gpa += piece
+            segments[i].length -= piece
+            break
+        i += 1
+    return i
+
+
+cdef bint reserve(Slot *slot, int count) noexcept nogil:
+    """Room for `count` iovecs. Grows a few times in a slot's life, then never."""
+    cdef int room = max(slot.room, <int32_t>IOV_FIRST)
+    if count <= slot.room:
+        return True
+    while room < count:
+        room *= 2
+    free(slot.iov)
+    free(slot.gpas)
+    slot.iov = <iovec *>malloc(room * sizeof(iovec))
+    slot.gpas = <uint64_t *>malloc(room * sizeof(uint64_t))
+    slot.room = room
+    if slot.iov == NULL or slot.gpas == NULL:
+        free(slot.iov)
+        free(slot.gpas)
+        slot.iov = NULL
+        slot.gpas = NULL
+        slot.room = 0
+        return False
+    return True
+
+
+@cython.final
+cdef class DiskQueue(Pollable):
+    """One virtqueue of one disk. A worker polls it; the methods with names are control's."""
+
+    def __cinit__(self, Virtqueue virtqueue not None, Storage storage not None, *,
+                  bytes serial=b"", bint read_only=False, bint write_through=False,
+                  Workers workers=None):
+        cdef uint32_t i
+        if len(serial) > SERIAL_BYTES:
+            raise ValueError(f"serial of {len(serial)} bytes, at most {<int>SERIAL_BYTES}")
+        memset(self.serial, 0, SERIAL_BYTES)
+        for i in range(<uint32_t>len(serial)):
+            self.serial[i] = serial[i]
+        self.virtqueue = virtqueue
+        self.storage = storage
+        self.workers = workers
+        self.read_only = read_only or storage.read_only
+        self.write_through = write_through
+        self.last = &self.first
+        self.slot_count = min(virtqueue.size(), <uint32_t>SLOTS_MAX)
+        self.slots = <Slot *>calloc(self.slot_count, sizeof(Slot))
+        self.free_slots = <uint16_t *>calloc(self.slot_count, sizeof(uint16_t))
+        if self.slots == NULL or self.free_slots == NULL:
+            raise MemoryError
+        # A stack with slot 0 on top: a shallow queue touches few slots.
+        for i in range(self.slot_count):
+            self.free_slots[i] = <uint16_t>(self.slot_count - 1 - i)
+        self.free_count = self.slot_count
+        self.channel = storage.channel()
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.free_count < self.slot_count:
+            return              # the storage still writes there: a leak, not a crash
+        if self.slots != NULL:
+            for i in range(self.slot_count):
+                free(self.slots[i].iov)
+                free(self.slots[i].gpas)
+                free(self.slots[i].parts)
+        free(self.slots)
+        free(self.free_slots)
+
+    # The worker's. ---------------------------------------------------------------------
+
+    cdef int poll(self, Turn *turn) noexcept nogil:
+        cdef int found = 0
+        if unlikely(load_acquire_u32(&self.abandoned)):
+            return self.reap()
+        if not self.virtqueue.is_live():
+            return 0            # what completes meanwhile waits in the channel
+        if self.free_count < self.slot_count:
+            found = self.complete()
+        if not load_acquire_u32(&self.draining):
+            found += self.take(turn)
+        found += self.submit()
+        if self.free_count < self.slot_count:
+            # A storage that is done at once, answers at once.
+            found += self.complete()
+            if self.free_count < self.slot_count and self.channel.completion_fd < 0:
+                found += 1      # it works only when polled
+        if self.virtqueue.unpublished():
+            self.virtqueue.publish()
+        return found
+
+    cdef bint arm(self) noexcept nogil:
+        if load_acquire_u32(&self.abandoned):
+            return self.channel.arm()
+        if not self.virtqueue.is_live():
+            return False        # whoever makes it live nudges
+        if self.channel.arm():
+            return True
+        if load_acquire_u32(&self.draining) or self.free_count == 0 or self.first != NULL:
+            return False        # a completion comes first
+        return self.virtqueue.arm()
+
+    cdef void disarm(self) noexcept nogil:
+        self.channel.disarm()
+        if not load_acquire_u32(&self.abandoned) and self.virtqueue.is_live():
+            self.virtqueue.disarm()
+
+    cdef int take(self, Turn *turn) noexcept nogil:
+        """Pops chains while the budget, the slots and the storage last; how many."""
+        cdef Chain chains[BURST]
+        cdef int count, i, total = 0
+        cdef bint cut = False
+        while (turn.frames > 0 and turn.bytes > 0 and self.free_count > 0
+               and self.first == NULL and not cut):
+            turn.scratch.used = 0       # the burst before is in its slots
+            count = min(BURST, <int>self.free_count)
+            count = self.virtqueue.pop(chains, min(count, turn.frames), turn.scratch)
+            if count <= 0:
+                # RING_BROKEN: control looks at Virtqueue.broken.
+                if count < 0 and not self.told_broken and self.workers is not None:
+                    self.told_broken = True
+                    self.workers.attention()
+                break
+            for i in range(count):
+                if turn.bytes <= 0:
+                    self.virtqueue.rewind(&chains[i], count - i)
+                    count = i
+                    cut = True
+                    break
+                self.begin(&chains[i], turn)
+            total += count
+            if self.started:
+                # Before the storage sees them.
+                atomic_add_i64(&self.virtqueue.memory.references, self.started)
+                self.started = 0
+            self.submit()
+            if count < BURST:
+                break
+        return total
+
+    cdef void begin(self, Chain *chain, Turn *turn) noexcept nogil:
+        """A chain: answered at once, or a slot that the storage works on."""
+        cdef uint64_t header[2]
+        cdef uint32_t kind, written = 1, none = 0
+        cdef uint64_t size
+        cdef Segment *last
+        cdef Segment *data
+        cdef uint8_t *status
+        cdef uint64_t status_gpa
+        cdef uint8_t value = S_IOERR
+        cdef int count, used
+        cdef Slot *slot
+        turn.frames -= 1
+        if unlikely(chain.fault != CHAIN_OK or chain.writable == 0):
+            if chain.fault != CHAIN_OK:
+                self.counts.chain_faults[chain.fault & 7] += 1
+            else:
+                self.counts.bad_chains += 1
+            self.virtqueue.push(chain, &none, 1)
+            return
+        # The status is the last writable byte, wherever the driver cuts its pieces.
+        last = &chain.segments[chain.readable + chain.writable - 1]
+        last.length -= 1
+        status = last.hva + last.length
+        status_gpa = last.gpa + last.length
+        if last.length == 0:
+            chain.writable -= 1
+        if unlikely(chain.readable_bytes < HEADER):
+            self.counts.bad_requests += 1
+            self.answer(chain, status, status_gpa, S_IOERR, 1)
+            return
+        used = gather(chain.segments, chain.readable, header, HEADER)
+        kind = <uint32_t>header[0]
+        slot = &self.slots[self.free_slots[self.free_count - 1]]
+        slot.status = status
+        slot.status_gpa = status_gpa
+        slot.result = 0
+        slot.pending = 0
+        slot.flushed = 0
+        slot.chain = chain[0]
+        slot.chain.segments = NULL      # gone with this burst
+        if kind == T_IN:
+            data = chain.segments + chain.readable
+            size = chain.writable_bytes - 1
+            turn.bytes -= <int64_t>size
+            value = self.begin_transfer(slot, data, chain.writable, size, header[1], Op.READ)
+        elif kind == T_OUT:
+            size = chain.readable_bytes - HEADER
+            turn.bytes -= <int64_t>size
+            if not self.read_only:
+                value = self.begin_transfer(slot, chain.segments + used, chain.readable - used,
+                                            size, header[1], Op.WRITE)
+        elif kind == T_FLUSH:
+            slot.op = Op.FLUSH
+            slot.request.size = slot.request.offset = 0
+            slot.request.iov_count = 0
+            slot.request.op = Op.FLUSH
+            slot.request.flags = 0
+            self.enqueue(slot, &slot.request)
+            value = UNDER_WAY
+        elif kind == T_GET_ID:
+            written += self.get_id(chain.segments + chain.readable, chain.writable)
+            value = S_OK
+        elif kind == T_DISCARD and self.storage.can_discard:
+            value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
+                                     chain.readable_bytes - HEADER, Op.DISCARD)
+        elif kind == T_WRITE_ZEROES and self.storage.can_write_zeroes:
+            value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
+                                     chain.readable_bytes - HEADER, Op.WRITE_ZEROES)
+        else:
+            value = S_UNSUPP
+        if value == UNDER_WAY:
+            self.free_count -= 1
+            slot.memory = <void *>self.virtqueue.memory
+            self.started += 1
+            return
+        if value == S_IOERR:
+            self.counts.bad_requests += 1
+        elif value == S_UNSUPP:
+            self.counts.unsupported += 1
+        self.answer(chain, status, status_gpa, value, written)
+
+    cdef uint8_t begin_transfer(self, Slot *slot, Segment *data, int count, uint64_t size,
+                                uint64_t sector, int op) noexcept nogil:
+        cdef uint64_t capacity = self.storage.size_bytes // SECTOR
+        cdef int i
+        if (size % SECTOR or sector > capacity or size // SECTOR > capacity - sector
+                or count > IOV_LIMIT or not reserve(slot, count)):
+            return S_IOERR
+        for i in range(count):
+            slot.iov[i].iov_base = data[i].hva
+            slot.iov[i].iov_len = data[i].length
+            slot.gpas[i] = data[i].gpa
+        slot.op = op
+        slot.request.op = op
+        slot.request.flags = 0
+        slot.request.offset = sector * SECTOR
+        slot.request.size = size
+        slot.request.iov = slot.iov
+        slot.request.iov_count = count
+        self.enqueue(slot, &slot.request)
+        return UNDER_WAY
+
+    cdef uint8_t begin_clear(self, Slot *slot, Segment *data, int count, uint64_t size,
+                             int op) noexcept nogil:
+        """DISCARD and WRITE_ZEROES: ranges in the data, each of them a storage request."""
+        cdef uint64_t ranges[2 * CLEAR_SEGMENTS]
+        cdef uint64_t capacity = self.storage.size_bytes // SECTOR
+        cdef uint64_t sector, sectors
+        cdef uint32_t flags
+        cdef int i, total
+        cdef Request *request
+        if size == 0 or size % RANGE or size // RANGE > CLEAR_SEGMENTS:
+            return S_IOERR
+        total = <int>(size // RANGE)
+        gather(data, count, ranges, <uint32_t>size)
+        # The whole request is checked before any of it is done.
+        for i in range(total):
+            sector = ranges[2 * i]
+            sectors = <uint32_t>ranges[2 * i + 1]
+            flags = <uint32_t>(ranges[2 * i + 1] >> 32)
+            if flags & ~<uint32_t>FLAG_UNMAP or (op == Op.DISCARD and flags):
+                return S_UNSUPP
+            if (sectors > CLEAR_SECTORS or sector > capacity or sectors > capacity - sector
+                    or self.read_only):
+                return S_IOERR
+        if total > 1:
+            slot.parts = <Request *>calloc(total, sizeof(Request))
+            if slot.parts == NULL:
+                return S_IOERR
+        slot.op = op
+        for i in range(total):
+            request = &slot.parts[i] if total > 1 else &slot.request
+            request.op = op
+            request.flags = REQUEST_UNMAP if ranges[2 * i + 1] >> 32 else 0
+            request.offset = ranges[2 * i] * SECTOR
+            request.size = <uint64_t><uint32_t>ranges[2 * i + 1] * SECTOR
+            request.iov = NULL
+            request.iov_count = 0
+            self.enqueue(slot, request)
+        return UNDER_WAY
+
+    cdef uint32_t get_id(self, const Segment *data, int count) noexcept nogil:
+        cdef uint32_t done = 0, piece
+        cdef Segment written
+        cdef int i
+        self.counts.get_ids += 1
+        for i in range(count):
+            piece = min(data[i].length, <uint32_t>SERIAL_BYTES - done)
+            if piece == 0:
+                break
+            memcpy(data[i].hva, &self.serial[done], piece)
+            written = data[i]
+            written.length = piece
+            self.virtqueue.log_written(&written, 1)
+            done += piece
+        return done
+
+    cdef void enqueue(self, Slot *slot, Request *request) noexcept nogil:
+        slot.pending += 1
+        request.owner = slot
+        request.next = NULL
+        self.last[0] = request
+        self.last = &request.next
+
+    cdef int submit(self) noexcept nogil:
+        """Hands requests to the storage until it takes no more; how many."""
+        cdef Request *burst[BURST]
+        cdef Request *next
+        cdef int count, taken, total = 0
+        while self.first != NULL:
+            count = 0
+            next = self.first
+            while next != NULL and count < BURST:
+                burst[count] = next
+                next = next.next
+                count += 1
+            # `next` of those it takes is the storage's from here on.
+            taken = self.channel.submit(burst, count)
+            total += taken
+            if taken < count:
+                self.first = burst[taken]
+                break
+            self.first = next
+        if self.first == NULL:
+            self.last = &self.first
+        return total
+
+    cdef int complete(self) noexcept nogil:
+        """Answers what the storage has done; how many requests came back."""
+        cdef Request *done[BURST]
+        cdef Request *request
+        cdef Slot *slot
+        cdef void *memory = NULL
+        cdef int64_t ended = 0
+        cdef int count, i
+        count = self.channel.poll(done, BURST)
+        for i in range(count):
+            request = done[i]
+            slot = <Slot *>request.owner
+            slot.pending -= 1
+            if unlikely(request.result < 0):
+                self.note_error(slot, request)
+            if slot.pending > 0:
+                continue
+            if (self.write_through and slot.result == 0 and not slot.flushed
+                    and (slot.op == Op.WRITE or slot.op == Op.WRITE_ZEROES)):
+                # The driver was told that a completed write is on stable storage.
+                slot.flushed = 1
+                slot.request.op = Op.FLUSH
+                slot.request.size = 0
+                self.enqueue(slot, &slot.request)
+                continue
+            self.finish(slot)
+            if slot.memory != memory:
+                if ended:
+                    atomic_add_i64(&(<GuestMemory>memory).references, -ended)
+                memory = slot.memory
+                ended = 0
+            ended += 1
+            self.release(slot)
+        if ended:
+            # Last: the generation may be gone at once.
+            atomic_add_i64(&(<GuestMemory>memory).references, -ended)
+        if self.first != NULL:
+            self.submit()
+        return count
+
+    cdef void finish(self, Slot *slot) noexcept nogil:
+        cdef uint64_t size = 0 if slot.parts != NULL else slot.request.size
+        cdef uint32_t written = 1
+        cdef int i
+        if slot.op == Op.READ:
+            self.counts.reads += 1
+            self.counts.read_bytes += size
+            if slot.result == 0:
+                written += <uint32_t>size
+            if self.virtqueue.logging():
+                self.log_slot(slot)     # after an error too: part may have been written
+        elif slot.op == Op.WRITE:
+            self.counts.writes += 1
+            for i in range(slot.request.iov_count):
+                self.counts.write_bytes += slot.iov[i].iov_len
+        elif slot.op == Op.FLUSH:
+            self.counts.flushes += 1
+        elif slot.op == Op.DISCARD:
+            self.counts.discards += 1
+        else:
+            self.counts.write_zeroes += 1
+        self.answer(&slot.chain, slot.status, slot.status_gpa,
+                    S_OK if slot.result == 0 else S_IOERR, written)
+
+    cdef void note_error(self, Slot *slot, Request *request) noexcept nogil:
+        cdef int i
+        if request.result == -EFAULT and slot.op <= Op.WRITE:
+            # Guest memory that was there when the chain was taken: its file has shrunk.
+            for i in range(slot.request.iov_count):
+                poison(slot.iov[i].iov_base)
+        self.counts.io_errors += 1
+        if slot.result == 0:
+            slot.result = request.result
+        if self.first_error == 0:
+            self.first_error_op = request.op
+            self.first_error_offset = request.offset
+            self.first_error = request.result
+            if self.workers is not None:
+                self.workers.attention()
+
+    cdef void log_slot(self, Slot *slot) noexcept nogil:
+        cdef Segment segment
+        cdef int i
+        for i in range(slot.request.iov_count):
+            segment.hva = <uint8_t *>slot.iov[i].iov_base
+            segment.gpa = slot.gpas[i]
+            segment.length = <uint32_t>slot.iov[i].iov_len
+            self.virtqueue.log_written(&segment, 1)
+
+    cdef void answer(self, const Chain *chain, uint8_t *status, uint64_t gpa, uint8_t value,
+                     uint32_t written) noexcept nogil:
+        cdef Segment segment
+        status[0] = value
+        if self.virtqueue.logging():
+            segment.hva = status
+            segment.gpa = gpa
+            segment.length = 1
+            self.virtqueue.log_written(&segment, 1)
+        self.virtqueue.push(chain, &written, 1)
+
+    cdef void release(self, Slot *slot) noexcept nogil:
+        if slot.parts != NULL:
+            free(slot.parts)
+            slot.parts = NULL
+        self.free_slots[self.free_count] = <uint16_t>(slot - self.slots)
+        self.free_count += 1
+
+    cdef int reap(self) noexcept nogil:
+        """After abandon(): what comes back is forgotten, the guest is not touched."""
+        cdef Request *done[BURST]
+        cdef Request *request
+        cdef Slot *slot
+        cdef int count, i
+        while self.first != NULL:           # never reached the storage
+            request = self.first
+            self.first = request.next
+            slot = <Slot *>request.owner
+            slot.pending -= 1
+            if slot.pending == 0:
+                atomic_add_i64(&(<GuestMemory>slot.memory).references, -1)
+                self.release(slot)
+        self.last = &self.first
+        count = self.channel.poll(done, BURST)
+        for i in range(count):
+            slot = <Slot *>done[i].owner
+            slot.pending -= 1
+            if slot.pending == 0:
+                atomic_add_i64(&(<GuestMemory>slot.memory).references, -1)
+                self.release(slot)
+        return count
+
+    # Control's. ------------------------------------------------------------------------
+
+    @property
+    def inflight(self) -> int:
+        """Requests that are neither answered nor forgotten."""
+        return self.slot_count - self.free_count
+
+    def drain(self) -> None:
+        """Takes nothing more. `inflight` can only fall, once the workers were waited for."""
+        store_release_u32(&self.draining, 1)
+
+    def abandon(self) -> None:
+        """The ring is not ours any more: requests that still run end unanswered.
+
+        Wants the ring held. Generations of guest memory that they use stay alive with
+        this queue; go on polling until nothing is in flight, then close().
+        """
+        cdef uint32_t i
+        if self.virtqueue.is_live():
+            raise RuntimeError("the virtqueue is live")
+        if self.abandoned:
+            return
+        self.kept = []
+        for i in range(self.slot_count):
+            if self.slots[i].pending > 0 and self.slots[i].memory != NULL:
+                memory = <object>self.slots[i].memory
+                if memory not in self.kept:
+                    self.kept.append(memory)
+        store_release_u32(&self.abandoned, 1)
+
+    def close(self) -> None:
+        """Nothing is in flight and no worker polls it."""
+        if self.home is not None or self.inflight:
+            raise RuntimeError(f"{self.inflight} requests under way")
+        self.channel.close()
+
+    def set_write_through(self, bint on) -> None:
+        """A write is answered when it is on stable storage."""
+        store_release_u32(&self.write_through, on)
+
+    @property
+    def error(self) -> str | None:
+        """The first I/O error, in words."""
+        if self.first_error == 0:
+            return None
+        op = Op(self.first_error_op).name.lower()
+        return f"{op} at byte {self.first_error_offset}: {os.strerror(-self.first_error)}"
+
+    def counters(self) -> dict:
+        """What happened so far; stable names."""
+        cdef BlkCounters *counts = &self.counts
+        return {
+            "reads": read_once_u64(&counts.reads),
+            "read_bytes": read_once_u64(&counts.read_bytes),
+            "writes": read_once_u64(&counts.writes),
+            "write_bytes": read_once_u64(&counts.write_bytes),
+            "flushes": read_once_u64(&counts.flushes),
+            "discards": read_once_u64(&counts.discards),
+            "write_zeroes": read_once_u64(&counts.write_zeroes),
+            "get_ids": read_once_u64(&counts.get_ids),
+            "io_errors": read_once_u64(&counts.io_errors),
+            "bad_requests": read_once_u64(&counts.bad_requests),
+            "unsupported": read_once_u64(&counts.unsupported),
+            "bad_chains": read_once_u64(&counts.bad_chains),
+            "chain_faults": {
+                fault.name.removeprefix("CHAIN_").lower(): counts.chain_faults[int(fault)]
+                for fault in FAULTS
+            },
+        }
+
+
+FAULTS = [fault for fault in ChainFault if fault.name not in ("CHAIN_OK", "CHAIN_FAULTS")]
