@@ -61,7 +61,8 @@ cdef class Port:
     cdef public int index            # in the switch's table; -1 outside one
     cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil
     # Takes up to `limit` (<= BURST) frames that the guest sent on transmit queue `queue`,
-    # in order; 0 when none (it has then published what release() held back).
+    # in order; 0 when none (it has then published what release() held back); < 0 when
+    # the queue is broken and control should look at it.
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil
     # The oldest `count` frames are done with: their buffers go back to the sender.
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil
@@ -72,3 +73,6 @@ cdef class Port:
     # for a reason other than fullness and counted by the port): less than `count` means
     # that the receiver is full.
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil
+    cdef bint arm(self, int queue) noexcept nogil
+    # Asks the sender for kicks on `queue`; True: frames are there already, do not sleep.
+    cdef void disarm(self, int queue) noexcept nogil

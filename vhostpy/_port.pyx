@@ -22,3 +22,9 @@ cdef class Port:
 
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:
         pass
+
+    cdef bint arm(self, int queue) noexcept nogil:
+        return False
+
+    cdef void disarm(self, int queue) noexcept nogil:
+        pass

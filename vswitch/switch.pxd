@@ -2,17 +2,26 @@
 
 Decides on a frame's snapshot; moves bursts between ports; copies nothing itself.
 """
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from vhostpy._port cimport Frame, Port
-from vhostpy._ring cimport Scratch
+from vhostpy._ring cimport BURST, Scratch
 from vhostpy.worker cimport Pollable, Turn, Workers
 from vhostpy.vswitch.fdb cimport ForwardingTable
 
-cdef struct PortTable:
-    # Immutable once published; freed after every worker has passed a quiescent point.
-    int count              # indexes 0..count-1; a hole is NULL
-    void *ports[1]         # borrowed Port references; `Switch.attached` keeps them alive
+cdef struct Place:
+    void *port             # borrowed Port; `Switch.attached` keeps it alive; NULL: a hole
+    uint64_t full_since    # ticks() since when it has taken nothing; 0: it takes. A hint:
+    #                        all workers write it, and a lost write costs one short wait
 
+cdef struct PortTable:
+    # Its ports do not change once it is published; freed after every worker has passed
+    # a quiescent point.
+    int count              # indexes 0..count-1
+    int attached           # that are no holes
+    Place places[1]
+
+@cython.final
 cdef class Switch:
     cdef readonly object name
     cdef readonly ForwardingTable fdb
@@ -20,10 +29,51 @@ cdef class Switch:
     cdef PortTable *table
     cdef readonly dict attached      # index -> Port
     cdef dict forwarders             # (port index, queue) -> Forwarder
+    cdef dict injectors              # port index -> Forwarder of its Injector
     cdef uint64_t full_wait_ticks
+    cdef int publish(self) except -1
+    cdef int close_injector(self, index) except -1
 
+@cython.final
 cdef class Forwarder(Pollable):
     # One transmit queue of one port: receives its frames and forwards them.
     cdef Switch switch
     cdef Port port
     cdef int queue
+    cdef int kick_fd
+    cdef bint told           # that the queue is broken
+
+    # Between turns. Bit i speaks of frame i of the next burst: what a turn leaves undone
+    # goes back to the port and comes again, with what is done already in between.
+    cdef uint64_t done       # delivered or dropped
+    cdef uint64_t flooding   # on their way: ports below next_port have them
+    cdef int next_port
+    cdef uint64_t waiting    # found their receivers full at `waiting_since`
+    cdef uint64_t waiting_since
+
+    # The last destination looked up.
+    cdef uint64_t cached_pair[2]     # the first 12 bytes of its frame
+    cdef uint64_t cached_changes
+    cdef int cached_place
+
+    # Within a turn.
+    cdef Frame *burst
+    cdef int places[BURST]   # where frames go: a place in the table, or a Verdict
+    cdef Frame *group[BURST]
+    cdef uint64_t group_mask
+    cdef uint64_t floods
+    cdef uint64_t unicasts
+    cdef uint64_t refused    # found their receivers full in this turn
+    cdef Scratch scratch     # for turn() only
+
+    cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil
+    cdef int verdict(self, PortTable *table, Frame *frame) noexcept nogil
+    cdef int look_up(self, PortTable *table, const Frame *frame) noexcept nogil
+    cdef void flood(self, PortTable *table, Turn *turn) noexcept nogil
+    cdef void start_flood(self, Turn *turn) noexcept nogil
+    cdef bint flood_on(self, PortTable *table, Turn *turn) noexcept nogil
+    cdef void deliver(self, PortTable *table, Turn *turn) noexcept nogil
+    cdef int gather(self, uint64_t todo, int place, Turn *turn) noexcept nogil
+    cdef void transmit(self, Place *place, int count, Turn *turn) noexcept nogil
+    cdef bint waited_enough(self, uint64_t bit, uint64_t full_since, uint64_t now) noexcept nogil
+    cdef void finish(self, int count, Turn *turn) noexcept nogil

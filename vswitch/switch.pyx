@@ -1,0 +1,504 @@
+"""The learning switch: which port gets a frame.
+
+Decides on a frame's snapshot; moves bursts between ports; copies nothing itself.
+
+A Forwarder serves one transmit queue of one port. A turn of it: receive a burst, decide
+for each frame (drop, flood, or one port), deliver the floods, then what goes to one
+port, grouped so that each port is called once; release. Whatever a turn can't finish
+(its budget is spent, a receiver is full) goes back to the port and comes again with the
+next turn, so nothing points into a guest's memory between turns: the Forwarder keeps
+bit masks that say what is done already.
+
+Floods come first: while a destination is being learned, frames of one flow may be
+flooded and delivered in the same burst, and the flooded ones are the older.
+"""
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_u64,
+                          store_release_ptr, ticks, ticks_per_us, unlikely, write_once_u64)
+from vhostpy._port cimport DROPS, Drop, Frame, Port
+from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Scratch
+from vhostpy.memory cimport Segment
+from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key
+from vhostpy.vswitch.injector cimport Injector
+from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn, Workers
+
+from vhostpy.errors import ConfigError
+from vhostpy.vswitch.injector import rarp_frame
+
+cdef extern from *:
+    int lowest_bit "__builtin_ctzll" (uint64_t) nogil
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef enum Verdict:
+    # Where a frame goes, if not to a place in the table.
+    FLOOD = -1
+    DROPPED = -2           # DROPPED - reason, of Drop
+
+cdef uint64_t ONE = 1
+
+
+cdef inline uint64_t bits_below(int count) noexcept nogil:
+    return ~<uint64_t>0 if count >= 64 else (ONE << count) - 1
+
+
+cdef inline uint64_t shifted(uint64_t mask, int count) noexcept nogil:
+    return 0 if count >= 64 else mask >> count
+
+
+cdef double tick_rate = 0     # ticks a microsecond
+
+
+@cython.final
+cdef class Forwarder(Pollable):
+    """Forwards what one port receives on one queue. Made by Switch.open_queue()."""
+
+    def __cinit__(self, Switch switch not None, Port port not None, int queue, int kick_fd):
+        self.switch = switch
+        self.port = port
+        self.queue = queue
+        self.kick_fd = kick_fd
+        self.cached_place = DROPPED
+        self.burst = <Frame *>aligned_alloc(64, BURST * sizeof(Frame))
+        if self.burst == NULL:
+            raise MemoryError("forwarder")
+
+    def __dealloc__(self):
+        free(self.burst)
+        free(self.scratch.segments)
+
+    # A turn -------------------------------------------------------------------------
+
+    cdef int poll(self, Turn *turn) noexcept nogil:
+        # Pairs with Switch.publish().
+        cdef PortTable *table = <PortTable *>load_acquire_ptr(<void **>&self.switch.table)
+        cdef int count
+        turn.scratch.used = 0
+        count = self.port.receive(self.queue, self.burst, BURST, turn.scratch)
+        if unlikely(count < 0 and not self.told):
+            self.switch.workers.attention()
+        self.told = count < 0
+        if count <= 0:
+            return 0
+        self.floods = 0
+        self.unicasts = 0
+        self.refused = 0
+        self.decide(table, bits_below(count) & ~self.done)
+        if self.floods:
+            self.flood(table, turn)
+        self.deliver(table, turn)
+        self.finish(count, turn)
+        return count
+
+    cdef bint arm(self) noexcept nogil:
+        # What was put back counts as being there.
+        return self.port.arm(self.queue)
+
+    cdef void disarm(self) noexcept nogil:
+        self.port.disarm(self.queue)
+
+    # Deciding -----------------------------------------------------------------------
+
+    cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil:
+        """Sorts the frames of `todo` into floods, unicasts and dropped ones."""
+        cdef uint16_t dropped[DROPS]
+        cdef bint any_dropped = False
+        cdef int i, place
+        cdef uint64_t bit
+        # Read before the table is: a change in between makes the next turn look again.
+        cdef uint64_t changes = load_acquire_u64(&self.switch.fdb.changes)
+        if changes != self.cached_changes:
+            self.cached_changes = changes
+            self.cached_place = DROPPED
+        memset(dropped, 0, sizeof(dropped))
+        while todo:
+            i = lowest_bit(todo)
+            bit = ONE << i
+            todo &= todo - 1
+            # What some ports have already is flooded on, whatever was learned since.
+            if unlikely(self.flooding & bit and not self.burst[i].fault):
+                place = FLOOD
+            else:
+                place = self.verdict(table, &self.burst[i])
+            self.places[i] = place
+            if likely(place >= 0):
+                self.unicasts |= bit
+            elif place == FLOOD:
+                self.floods |= bit
+            else:
+                dropped[DROPPED - place] += 1
+                any_dropped = True
+                self.done |= bit
+        if any_dropped:
+            for i in range(<int>DROPS):
+                if dropped[i]:
+                    self.port.count_drop(self.queue, i, dropped[i])
+
+    cdef int verdict(self, PortTable *table, Frame *frame) noexcept nogil:
+        """A place in the table, or a Verdict; learns the source."""
+        # Destination and source: the first 12 bytes of the snapshot.
+        cdef uint64_t first = (<uint64_t *>frame.head)[0]
+        cdef uint64_t second = (<uint32_t *>frame.head)[2]
+        cdef int place
+        if unlikely(frame.fault):
+            return DROPPED - (<int>frame.fault - 1)
+        if likely(self.cached_place >= 0 and first == self.cached_pair[0]
+                  and second == self.cached_pair[1]):
+            return self.cached_place
+        if frame.head[6] & 1:
+            return DROPPED - Drop.DROP_BAD_SOURCE
+        self.switch.fdb.learn(fdb_key(0, frame.head + 6), self.port.index)
+        if table.attached < 2:
+            return DROPPED - Drop.DROP_NO_DESTINATION
+        place = self.look_up(table, frame)
+        if place >= 0:
+            self.cached_pair[0] = first
+            self.cached_pair[1] = second
+            self.cached_place = place
+        return place
+
+    cdef int look_up(self, PortTable *table, const Frame *frame) noexcept nogil:
+        cdef int place
+        if frame.head[0] & 1:
+            return FLOOD
+        place = self.switch.fdb.lookup(fdb_key(0, frame.head))
+        if place == FDB_UNKNOWN or place >= table.count or table.places[place].port == NULL:
+            return FLOOD
+        if place == self.port.index:
+            return DROPPED - Drop.DROP_REFLECTED
+        return place
+
+    # Floods -------------------------------------------------------------------------
+
+    cdef void flood(self, PortTable *table, Turn *turn) noexcept nogil:
+        """Copies to all other ports, as far as the budget goes."""
+        self.flooding &= self.floods
+        while True:
+            if not self.flooding:
+                self.start_flood(turn)
+                if not self.flooding:
+                    return
+            if not self.flood_on(table, turn):
+                return
+            self.done |= self.flooding
+            self.floods &= ~self.flooding
+            self.flooding = 0
+
+    cdef void start_flood(self, Turn *turn) noexcept nogil:
+        """Chooses the oldest floods, as many as one port's share of a turn has room for."""
+        cdef uint64_t todo = self.floods
+        cdef int32_t frames = turn.frames
+        cdef int64_t size = turn.bytes
+        cdef int i
+        self.next_port = 0
+        while todo and frames > 0 and size > 0:
+            i = lowest_bit(todo)
+            todo &= todo - 1
+            self.flooding |= ONE << i
+            frames -= 1
+            size -= self.burst[i].length
+
+    cdef bint flood_on(self, PortTable *table, Turn *turn) noexcept nogil:
+        """Goes on with the chosen floods from port to port; True when all have them."""
+        cdef uint64_t todo = self.flooding
+        cdef int count = 0, taken, i
+        cdef int64_t size = 0
+        cdef Place *place
+        while todo:
+            i = lowest_bit(todo)
+            todo &= todo - 1
+            self.group[count] = &self.burst[i]
+            size += self.burst[i].length
+            count += 1
+        while self.next_port < table.count:
+            place = &table.places[self.next_port]
+            if place.port != NULL and self.next_port != self.port.index:
+                if turn.frames <= 0 or turn.bytes <= 0:
+                    return False
+                # Copies never wait for a receiver: one full port would stop all.
+                taken = (<Port>place.port).transmit(self.queue, self.group, count)
+                if taken < count:
+                    (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_FULL,
+                                                  count - taken)
+                turn.frames -= count
+                turn.bytes -= size
+            self.next_port += 1
+        return True
+
+    # To one port --------------------------------------------------------------------
+
+    cdef void deliver(self, PortTable *table, Turn *turn) noexcept nogil:
+        cdef uint64_t todo = self.unicasts
+        cdef int place, count
+        while todo and turn.frames > 0 and turn.bytes > 0:
+            place = self.places[lowest_bit(todo)]
+            count = self.gather(todo, place, turn)
+            todo &= ~self.group_mask
+            self.transmit(&table.places[place], count, turn)
+
+    cdef int gather(self, uint64_t todo, int place, Turn *turn) noexcept nogil:
+        """Collects the frames of `todo` that go to `place`: as many as the budget allows
+        into `group`, all of them into `group_mask` (none may overtake those before it)."""
+        cdef int32_t frames = turn.frames
+        cdef int64_t size = turn.bytes
+        cdef int count = 0, i
+        self.group_mask = 0
+        while todo:
+            i = lowest_bit(todo)
+            todo &= todo - 1
+            if self.places[i] != place:
+                continue
+            self.group_mask |= ONE << i
+            if frames > 0 and size > 0:
+                self.group[count] = &self.burst[i]
+                count += 1
+                frames -= 1
+                size -= self.burst[i].length
+        return count
+
+    cdef void transmit(self, Place *place, int count, Turn *turn) noexcept nogil:
+        """Gives the group to its receiver. What does not fit waits, or is dropped."""
+        cdef int taken = (<Port>place.port).transmit(self.queue, self.group, count)
+        cdef uint64_t now = turn.now if turn.now else 1
+        cdef uint64_t full_since = read_once_u64(&place.full_since)
+        cdef int i, dropped = 0
+        cdef uint64_t bit
+        turn.frames -= taken
+        for i in range(taken):
+            turn.bytes -= self.group[i].length
+            self.done |= ONE << (self.group[i] - self.burst)
+        if likely(taken == count):
+            if full_since:
+                write_once_u64(&place.full_since, 0)
+            return
+        if taken > 0 or full_since == 0:
+            full_since = now
+            write_once_u64(&place.full_since, now)
+        for i in range(taken, count):
+            bit = ONE << (self.group[i] - self.burst)
+            if self.waited_enough(bit, full_since, now):
+                self.done |= bit
+                dropped += 1
+            else:
+                self.refused |= bit
+        if dropped:
+            (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_FULL, dropped)
+
+    cdef bint waited_enough(self, uint64_t bit, uint64_t full_since,
+                            uint64_t now) noexcept nogil:
+        """The frame's own time is up, or its receiver has taken nothing for so long: then
+        it gets no further wait until it does. Signed: clocks of cores may differ."""
+        cdef int64_t limit = self.switch.full_wait_ticks
+        if <int64_t>(now - full_since) >= limit:
+            return True
+        return self.waiting & bit != 0 and <int64_t>(now - self.waiting_since) >= limit
+
+    cdef void finish(self, int count, Turn *turn) noexcept nogil:
+        """Releases the done prefix, puts the rest back, and moves the masks with it."""
+        cdef uint64_t undone = bits_below(count) & ~self.done
+        cdef int prefix = lowest_bit(undone) if undone else count
+        # A new wait starts only when all frames of the one before are gone: so one
+        # clock is enough, and no frame waits longer than twice the limit.
+        self.waiting &= ~self.done
+        if not self.waiting and self.refused:
+            self.waiting = self.refused
+            self.waiting_since = turn.now
+        if prefix:
+            self.port.release(self.queue, self.burst, prefix)
+        if prefix < count:
+            self.port.put_back(self.queue, &self.burst[prefix], count - prefix)
+        self.done = shifted(self.done, prefix)
+        self.flooding = shifted(self.flooding, prefix)
+        self.waiting = shifted(self.waiting, prefix)
+
+    # Doors --------------------------------------------------------------------------
+
+    def turn(self, frames: int = BUDGET_FRAMES, size: int = BUDGET_BYTES,
+             now: int | None = None) -> int:
+        """One poll with that budget, on this thread: only while no worker polls it."""
+        cdef Turn turn
+        cdef int found
+        if self.scratch.segments == NULL:
+            self.scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
+            self.scratch.limit = SCRATCH_SEGMENTS
+        if self.scratch.segments == NULL:
+            raise MemoryError("scratch")
+        memset(&turn, 0, sizeof(turn))
+        turn.scratch = &self.scratch
+        turn.now = ticks() if now is None else now
+        turn.frames = frames
+        turn.bytes = size
+        with nogil:
+            found = self.poll(&turn)
+        return found
+
+
+@cython.final
+cdef class Switch:
+    """Ports, what they have learned, and the forwarders between them. Control's."""
+
+    def __cinit__(self, Workers workers not None, name="switch", *, fdb_limit=8192, age_s=300,
+                  full_wait_us=100):
+        global tick_rate
+        if not 0 <= full_wait_us <= 1_000_000:
+            raise ConfigError(f"{name}: full wait of {full_wait_us} us is not in 0..1000000")
+        if tick_rate == 0:
+            tick_rate = ticks_per_us()
+        self.name = name
+        self.workers = workers
+        self.fdb = ForwardingTable(fdb_limit, age_s)
+        self.full_wait_ticks = <uint64_t>(full_wait_us * tick_rate)
+        self.attached = {}
+        self.forwarders = {}
+        self.injectors = {}
+        self.table = new_table({}, NULL)
+
+    def __dealloc__(self):
+        free(self.table)
+
+    # Ports --------------------------------------------------------------------------
+
+    def attach(self, Port port not None) -> int:
+        """Makes it a port of this switch; returns its index."""
+        if port.index >= 0:
+            raise ValueError(f"{port.name} is attached already")
+        index = next(i for i in range(len(self.attached) + 1) if i not in self.attached)
+        if index >= FDB_PORTS_MAX:
+            raise ConfigError(f"{self.name}: more than {FDB_PORTS_MAX} ports")
+        port.index = index
+        self.attached[index] = port
+        self.publish()
+        return index
+
+    def detach(self, Port port not None) -> None:
+        """Its queues are closed, its addresses forgotten; then no worker knows it."""
+        index = self.index_of(port)
+        for queue in [queue for i, queue in self.forwarders if i == index]:
+            self.close_queue(port, queue)
+        self.close_injector(index)
+        # Nothing learns its addresses from here on. They go before the port does: a
+        # Forwarder that sees the hole in the table also sees that its cache is stale.
+        self.fdb.flush(index)
+        del self.attached[index]
+        self.publish()
+        port.index = -1
+
+    cdef int publish(self) except -1:
+        """Shows workers the ports as they are now; returns when no worker sees others."""
+        cdef PortTable *old = self.table
+        cdef PortTable *new = new_table(self.attached, old)
+        # Pairs with Forwarder.poll().
+        store_release_ptr(<void **>&self.table, new)
+        self.workers.wait()
+        free(old)
+        return 0
+
+    def index_of(self, Port port not None) -> int:
+        """The port's index here. Raises ValueError if it is not attached here."""
+        if self.attached.get(port.index) is not port:
+            raise ValueError(f"{port.name} is not a port of {self.name}")
+        return port.index
+
+    # Queues -------------------------------------------------------------------------
+
+    def open_queue(self, Port port not None, int queue, int kick_fd=-1) -> Forwarder:
+        """Workers receive from that queue now; `kick_fd` wakes them, -1: they never sleep."""
+        key = self.index_of(port), queue
+        if key in self.forwarders:
+            raise ValueError(f"{port.name}: queue {queue} is open already")
+        forwarder = Forwarder(self, port, queue, kick_fd)
+        self.workers.add(forwarder, [kick_fd] if kick_fd >= 0 else [])
+        self.forwarders[key] = forwarder
+        return forwarder
+
+    def close_queue(self, Port port not None, int queue) -> None:
+        """No worker receives from that queue any more."""
+        self.workers.remove(self.forwarders.pop((self.index_of(port), queue)))
+
+    def set_kick(self, Port port not None, int queue, int kick_fd) -> None:
+        """Another fd wakes them for that queue. The old one is still open."""
+        cdef Forwarder forwarder = self.forwarders[self.index_of(port), queue]
+        if kick_fd == forwarder.kick_fd:
+            return
+        if kick_fd >= 0:
+            self.workers.watch(forwarder, kick_fd)
+        if forwarder.kick_fd >= 0:
+            self.workers.unwatch(forwarder, forwarder.kick_fd)
+        forwarder.kick_fd = kick_fd
+        # A kick may have gone to the new fd before it was watched, or to the old one after.
+        self.workers.nudge()
+
+    # Control's own frames -------------------------------------------------------------
+
+    def announce(self, Port port not None, mac: bytes) -> None:
+        """Tells the other ports that `mac` is behind this one now."""
+        cdef Forwarder forwarder
+        index = self.index_of(port)
+        if len(mac) != 6 or mac[0] & 1:
+            raise ValueError(f"{bytes(mac).hex(':')} is not the address of one station")
+        if index not in self.injectors:
+            injector = Injector(port.name, index)
+            forwarder = Forwarder(self, injector, 0, injector.kick_fd)
+            self.workers.add(forwarder, [injector.kick_fd])
+            self.injectors[index] = forwarder
+        forwarder = self.injectors[index]
+        (<Injector>forwarder.port).put(rarp_frame(bytes(mac)))
+
+    cdef int close_injector(self, index) except -1:
+        cdef Forwarder forwarder
+        if index in self.injectors:
+            forwarder = self.injectors.pop(index)
+            self.workers.remove(forwarder)
+            (<Injector>forwarder.port).close()
+        return 0
+
+    # The rest -------------------------------------------------------------------------
+
+    def tick(self, now_s: int | None = None) -> None:
+        """Ageing; once a second."""
+        self.fdb.tick(now_s)
+
+    def status(self) -> dict:
+        """Ports and the forwarding table's counts."""
+        return {
+            "name": self.name,
+            "port_count": len(self.attached),
+            "queue_count": len(self.forwarders),
+            **{f"fdb_{name}": value for name, value in self.fdb.status().items()},
+            "ports": [
+                {"index": index, "name": port.name,
+                 "queues": sorted(queue for i, queue in self.forwarders if i == index)}
+                for index, port in sorted(self.attached.items())
+            ],
+        }
+
+    # Doors ----------------------------------------------------------------------------
+
+    def forwarder(self, Port port not None, int queue=0) -> Forwarder:
+        """The one of an open queue."""
+        return self.forwarders[self.index_of(port), queue]
+
+    def injector(self, Port port not None) -> Forwarder:
+        """The one of the port's announcements."""
+        return self.injectors[self.index_of(port)]
+
+
+cdef PortTable *new_table(dict attached, const PortTable *old) except NULL:
+    """`old` hands on which ports were full."""
+    cdef int count = max(attached, default=-1) + 1
+    cdef PortTable *table = <PortTable *>calloc(1, sizeof(PortTable) + count * sizeof(Place))
+    cdef int index
+    if table == NULL:
+        raise MemoryError("port table")
+    table.count = count
+    table.attached = len(attached)
+    for index, port in attached.items():
+        table.places[index].port = <void *>port
+        if old != NULL and index < old.count and old.places[index].port == <void *>port:
+            table.places[index].full_since = old.places[index].full_since
+    return table
