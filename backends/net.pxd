@@ -2,20 +2,38 @@
 
 Queue pair i is virtqueues 2i (the guest receives) and 2i + 1 (the guest transmits).
 """
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from vhostpy._port cimport Frame, Port, QueueCounters
-from vhostpy._ring cimport Scratch, Virtqueue
+from vhostpy._port cimport Frame, Port
+from vhostpy._ring cimport Chain, Scratch, Virtqueue
+from vhostpy.memory cimport Segment
 
 cdef enum:
     PAIRS_MAX = 128        # 256 virtqueues
 
 cdef struct Pair           # private to net.pyx
 
+@cython.final
 cdef class NetPort(Port):
-    cdef Pair *pairs                 # PAIRS_MAX of them
+    cdef Pair *pairs                 # pair_limit of them
     cdef list virtqueues             # keeps the Virtqueue objects alive that `pairs` borrows
     cdef readonly int pair_limit
-    cdef int enabled_pairs
-    cdef int header_size             # 12, or 10 for a legacy guest without MRG_RXBUF
-    cdef bint mergeable
+    cdef int enabled_pairs           # pairs that receive
+    cdef uint8_t route[PAIRS_MAX]    # their numbers
+    cdef readonly int header_size    # 12, or 10 for a legacy guest without MRG_RXBUF
+    cdef readonly bint mergeable
     cdef bint shared                 # several workers can reach a receive queue: lock it
+
+    cdef void view(self, Chain *chain, Frame *frame, bint enabled) noexcept nogil
+    cdef int receiving_pair(self, int queue) noexcept nogil
+    cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil
+    cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil
+    cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil
+    cdef void give_up(self, Pair *pair, int count) noexcept nogil
+    cdef bint pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil
+    cdef void write_whole(self, uint8_t *to, const Frame *frame) noexcept nogil
+    cdef void write(self, Pair *pair, const Frame *frame, int chains) noexcept nogil
+    cdef void log(self, Pair *pair, int chains) noexcept nogil
+    cdef dict pair_counters(self, int index)
+    cdef int choose_receivers(self) except -1
+    cdef int checked(self, index) except -1

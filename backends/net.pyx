@@ -1,0 +1,614 @@
+"""virtio-net's data path: a switch port on virtqueue pairs.
+
+Queue pair i is virtqueues 2i (the guest receives) and 2i + 1 (the guest transmits).
+What a guest transmits comes out of receive() as views of its buffers; transmit() copies
+frames into the buffers that a guest has posted: the only copy on the way from guest to
+guest. Source: virtio 1.3, "Network Device / Device Operation".
+
+Guests' memory changes under our hands: what is decided upon was read once, into
+`Frame.head`, and it is that copy which the receiver gets. The rest is copied unseen.
+"""
+cimport cython
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from vhostpy._hw cimport (likely, load_acquire_ptr, prefetch_write, read_once_u16, read_once_u32,
+                          read_once_u64, spin_lock, spin_unlock, store_release_ptr, unlikely,
+                          write_once_u16, write_once_u32, write_once_u64)
+from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
+                            QueueCounters)
+from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
+from vhostpy._spec cimport Feature
+from vhostpy.memory cimport Segment
+
+from vhostpy import _port, _ring
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef enum:
+    # An IPv4 packet of 65,535 bytes behind an Ethernet header with two VLAN tags: the
+    # longest that a guest's stack can build. It bounds what one frame may cost.
+    FRAME_MAX = 65535 + ETHERNET_HEADER + 8
+    # Receive buffers that one transmit() may use: enough for the longest frame in
+    # buffers of 64 bytes. A guest with smaller ones gets no long frames.
+    WINDOW = 1024
+    # Results of collect(), besides a count of chains.
+    FULL = 0
+    REFUSED = -1           # - reason, of Drop
+
+cdef struct Pair:
+    # Control's, read by workers; one cache line.
+    void *rx               # borrowed Virtqueue; NULL: not started
+    void *tx
+    uint32_t rx_enabled
+    uint32_t tx_enabled
+    uint64_t padding[5]
+    # The worker's that polls tx.
+    QueueCounters sent
+    # Whoever's holds the lock, where several workers can; one cache line, then more.
+    uint32_t lock
+    int have               # chains popped for this transmit()
+    int next               # of them, used or given up
+    int unusable           # of them, given up
+    Scratch scratch
+    uint32_t logging
+    uint32_t padding2[7]
+    QueueCounters received
+    uint32_t written[WINDOW]
+    Chain chains[WINDOW]
+
+assert sizeof(Pair) % 64 == 0 and sizeof(QueueCounters) % 64 == 0 and sizeof(NetHeader) == 10
+
+cdef struct Cursor:
+    # Where the next byte goes: in the writable segments of consecutive chains.
+    const Chain *chain
+    int segment
+    uint32_t offset
+
+
+cdef inline void store_header(uint8_t *to, const NetHeader *header, bint long_form,
+                              uint16_t buffers) noexcept nogil:
+    # Compared first: a line that holds the right bytes already, as it does when buffers
+    # are used again, need not be fetched for writing (9 to 59 cycles a packet at 64 B).
+    cdef uint64_t first = (<const uint64_t *>header)[0]
+    cdef uint32_t second = header.csum_offset | <uint32_t>buffers << 16
+    if read_once_u64(to) != first:
+        write_once_u64(to, first)
+    if long_form:
+        if read_once_u32(to + 8) != second:
+            write_once_u32(to + 8, second)
+    elif read_once_u16(to + 8) != header.csum_offset:
+        write_once_u16(to + 8, header.csum_offset)
+
+
+cdef inline void copy_rest(uint8_t *to, const uint8_t *source, uint32_t length) noexcept nogil:
+    # What follows the snapshot. Bytes 32..63 by themselves: the bulk then starts on a
+    # cache line wherever the frame does (1500 B: 527 -> 387..422 cycles).
+    if length >= 32:
+        memcpy(to, source, 32)
+        to += 32
+        source += 32
+        length -= 32
+    memcpy(to, source, length)
+
+
+cdef void copy_to(Cursor *cursor, const uint8_t *source, uint32_t length) noexcept nogil:
+    """Spreads bytes over the segments; their room was counted before."""
+    cdef const Segment *segment
+    cdef uint32_t step
+    while length:
+        if cursor.segment == <int>cursor.chain.readable + <int>cursor.chain.writable:
+            cursor.chain += 1
+            cursor.segment = cursor.chain.readable
+            cursor.offset = 0
+        segment = &cursor.chain.segments[cursor.segment]
+        step = min(length, segment.length - cursor.offset)
+        memcpy(segment.hva + cursor.offset, source, step)
+        source += step
+        length -= step
+        cursor.offset += step
+        if cursor.offset == segment.length:
+            cursor.segment += 1
+            cursor.offset = 0
+
+
+cdef void gather(uint8_t *to, const Segment *segments, uint32_t length) noexcept nogil:
+    """The first bytes of a frame that lie in several pieces."""
+    cdef uint32_t step
+    while length:
+        step = min(length, segments.length)
+        memcpy(to, segments.hva, step)
+        to += step
+        length -= step
+        segments += 1
+
+
+cdef inline void take_snapshot(Frame *frame) noexcept nogil:
+    # Loads that the compiler can't repeat: decisions look at the copy only.
+    cdef const uint8_t *start = frame.segments[0].hva
+    cdef uint64_t *head = <uint64_t *>frame.head
+    if likely(frame.segments[0].length >= SNAPSHOT):
+        head[0] = read_once_u64(start)
+        head[1] = read_once_u64(start + 8)
+        head[2] = read_once_u64(start + 16)
+        head[3] = read_once_u64(start + 24)
+    else:
+        memset(head, 0, SNAPSHOT)
+        gather(frame.head, frame.segments, min(frame.length, <uint32_t>SNAPSHOT))
+
+
+cdef inline int refuse(Frame *frame, int reason) noexcept nogil:
+    frame.fault = <uint16_t>(reason + 1)
+    frame.segments = NULL
+    frame.count = 0
+    frame.length = 0
+    return 0
+
+
+@cython.final
+cdef class NetPort(Port):
+    """A virtio-net device as a port of a switch. `wire` and its like are control's."""
+
+    def __cinit__(self, name, int pairs=4, bint shared=True):
+        cdef size_t size = pairs * sizeof(Pair)
+        if not 1 <= pairs <= PAIRS_MAX:
+            raise ValueError(f"{pairs} queue pairs are not in 1..{PAIRS_MAX}")
+        self.name = name
+        self.pair_limit = pairs
+        self.shared = shared
+        self.virtqueues = [None] * (2 * pairs)
+        self.pairs = <Pair *>aligned_alloc(64, size)
+        if self.pairs == NULL:
+            raise MemoryError("queue pairs")
+        for i in range(pairs):
+            # All but the chains: those are pages that most pairs never touch.
+            memset(&self.pairs[i], 0, sizeof(Pair) - sizeof(self.pairs[i].chains))
+            self.pairs[i].scratch.limit = SCRATCH_SEGMENTS
+        for i in range(pairs):
+            self.pairs[i].scratch.segments = <Segment *>aligned_alloc(
+                64, SCRATCH_SEGMENTS * sizeof(Segment))
+            if self.pairs[i].scratch.segments == NULL:
+                raise MemoryError("scratch")
+        self.negotiated(<uint64_t>1 << Feature.VERSION_1)
+
+    def __dealloc__(self):
+        cdef int i
+        if self.pairs != NULL:
+            for i in range(self.pair_limit):
+                free(self.pairs[i].scratch.segments)
+            free(self.pairs)
+
+    # From the guest -----------------------------------------------------------------
+
+    cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil:
+        cdef Pair *pair = &self.pairs[queue]
+        cdef void *tx = load_acquire_ptr(&pair.tx)
+        cdef Chain chains[BURST]
+        cdef int count, i
+        cdef bint enabled
+        if tx == NULL or not (<Virtqueue>tx).is_live():
+            return 0
+        count = (<Virtqueue>tx).pop(chains, limit, scratch)
+        if count <= 0:
+            (<Virtqueue>tx).publish()
+            return count
+        # virtio's rule for a disabled queue: its frames are taken and discarded.
+        enabled = pair.tx_enabled
+        for i in range(count):
+            self.view(&chains[i], &burst[i], enabled)
+        return count
+
+    cdef void view(self, Chain *chain, Frame *frame, bint enabled) noexcept nogil:
+        """Makes a frame of a chain: what follows the virtio-net header."""
+        cdef uint32_t skip = self.header_size
+        cdef Segment *segment = chain.segments
+        frame.cookie = chain.id | <uint32_t>chain.slots << 16
+        frame.fault = 0
+        # No offload is negotiated: whatever the header says means nothing.
+        memset(&frame.header, 0, sizeof(NetHeader))
+        if unlikely(not enabled):
+            refuse(frame, Drop.DROP_DISABLED)
+            return
+        if unlikely(chain.fault):
+            refuse(frame, Drop.DROP_BAD_CHAIN)
+            frame.head[0] = <uint8_t>chain.fault     # for release(), which counts it
+            return
+        # Writable parts are of no use here, and not touched.
+        if unlikely(chain.readable_bytes < skip + ETHERNET_HEADER):
+            refuse(frame, Drop.DROP_TOO_SHORT)
+            return
+        frame.length = chain.readable_bytes - skip
+        if unlikely(frame.length > FRAME_MAX):
+            refuse(frame, Drop.DROP_TOO_LONG)
+            return
+        frame.count = chain.readable
+        # The header may be cut anywhere (CVE-2022-2132).
+        while unlikely(skip >= segment.length):
+            skip -= segment.length
+            segment += 1
+            frame.count -= 1
+        segment.hva += skip
+        segment.gpa += skip
+        segment.length -= skip
+        frame.segments = segment
+        take_snapshot(frame)
+
+    cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil:
+        cdef Pair *pair = &self.pairs[queue]
+        cdef Chain chains[BURST]
+        cdef uint64_t size = 0
+        cdef int i
+        for i in range(count):
+            chains[i].id = <uint16_t>burst[i].cookie
+            chains[i].slots = <uint16_t>(burst[i].cookie >> 16)
+            size += burst[i].length
+            if unlikely(burst[i].fault == Drop.DROP_BAD_CHAIN + 1):
+                pair.sent.chain_faults[burst[i].head[0]] += 1
+        pair.sent.from_guest_packets += count
+        pair.sent.from_guest_bytes += size
+        (<Virtqueue>pair.tx).push(chains, NULL, count)
+        # In steps of a quarter of the ring; what is held back, an empty receive() shows.
+        if (<Virtqueue>pair.tx).unpublished() * 4 >= (<Virtqueue>pair.tx).size():
+            (<Virtqueue>pair.tx).publish()
+
+    cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
+        cdef Chain chains[BURST]
+        cdef int i
+        for i in range(count):
+            chains[i].id = <uint16_t>burst[i].cookie
+            chains[i].slots = <uint16_t>(burst[i].cookie >> 16)
+        (<Virtqueue>self.pairs[queue].tx).rewind(chains, count)
+
+    cdef bint arm(self, int queue) noexcept nogil:
+        cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
+        return tx != NULL and (<Virtqueue>tx).is_live() and (<Virtqueue>tx).arm()
+
+    cdef void disarm(self, int queue) noexcept nogil:
+        cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
+        if tx != NULL and (<Virtqueue>tx).is_live():
+            (<Virtqueue>tx).disarm()
+
+    # To the guest -------------------------------------------------------------------
+
+    cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil:
+        cdef int index = self.receiving_pair(queue)
+        cdef Pair *pair = &self.pairs[max(index, 0)]
+        cdef void *rx
+        cdef int taken = count
+        if self.shared:
+            spin_lock(&pair.lock)
+        rx = load_acquire_ptr(&pair.rx)
+        if unlikely(index < 0 or rx == NULL or not pair.rx_enabled
+                    or not (<Virtqueue>rx).is_live()):
+            pair.received.drops[<int>Drop.DROP_RECEIVER_DOWN] += count
+        else:
+            taken = self.fill(pair, frames, count)
+        if self.shared:
+            spin_unlock(&pair.lock)
+        return taken
+
+    cdef int receiving_pair(self, int queue) noexcept nogil:
+        """The sender's pair modulo the pairs that receive: a flow keeps to one. -1: none."""
+        cdef int enabled = <int>read_once_u32(&self.enabled_pairs)
+        if enabled == 0:
+            return -1
+        return self.route[queue if queue < enabled else queue % enabled]
+
+    cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil:
+        """Places frames until the buffers run out; returns how many are done with."""
+        cdef int done = 0
+        pair.have = pair.next = pair.unusable = 0
+        pair.scratch.used = 0
+        pair.logging = (<Virtqueue>pair.rx).logging()
+        while done < count and self.place(pair, frames[done], count - done):
+            done += 1
+        if pair.next:
+            (<Virtqueue>pair.rx).push(pair.chains, pair.written, pair.next)
+        if pair.next < pair.have:
+            (<Virtqueue>pair.rx).rewind(&pair.chains[pair.next], pair.have - pair.next)
+        (<Virtqueue>pair.rx).publish()
+        return done
+
+    cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil:
+        """Writes one frame into the next buffers, or drops it; 0: they don't suffice now."""
+        cdef uint64_t need = <uint64_t>self.header_size + frame.length
+        cdef int chains = self.collect(pair, need, wanted)
+        cdef Chain *chain = &pair.chains[pair.next]
+        if unlikely(chains <= 0):
+            if chains == FULL:
+                return 0
+            pair.received.drops[REFUSED - chains] += 1
+            return 1
+        if likely(chain.writable == 1 and frame.count == 1 and chains == 1
+                  and frame.length >= SNAPSHOT):
+            self.write_whole(chain.segments[chain.readable].hva, frame)
+            pair.written[pair.next] = <uint32_t>need
+        else:
+            self.write(pair, frame, chains)
+        if unlikely(pair.logging):
+            self.log(pair, chains)
+        pair.next += chains
+        pair.received.to_guest_packets += 1
+        pair.received.to_guest_bytes += frame.length
+        return 1
+
+    cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil:
+        """How many chains from `next` on hold the frame; FULL; or REFUSED - reason.
+
+        Looks at all of them before a byte is written. Unusable ones are given up: they
+        go back to the guest with used length 0.
+        """
+        cdef uint64_t room = 0
+        cdef int count = 0
+        cdef Chain *chain
+        while True:
+            if pair.next + count == pair.have and not self.pop_more(pair, wanted, count):
+                # All that there can ever be, and still too little: not worth a wait.
+                if count and (count == WINDOW or <uint32_t>count
+                              >= (<Virtqueue>pair.rx).size()):
+                    return REFUSED - Drop.DROP_BUFFER_TOO_SMALL
+                return FULL
+            chain = &pair.chains[pair.next + count]
+            if unlikely(chain.writable == 0):
+                # A frame's buffers have to be neighbours: those before it are lost too.
+                self.give_up(pair, count + 1)
+                if chain.fault == ChainFault.CHAIN_OK:
+                    chain.fault = ChainFault.CHAIN_BAD_ORDER     # readable ones only
+                pair.received.chain_faults[chain.fault] += 1
+                if pair.unusable > BURST:
+                    return REFUSED - Drop.DROP_BUFFER_FAULT
+                count = 0
+                room = 0
+                continue
+            room += chain.writable_bytes
+            count += 1
+            if likely(room >= need):
+                return count
+            # Mergeable buffers may be short, but the first has to hold the header.
+            if not self.mergeable or room < <uint64_t>self.header_size:
+                self.give_up(pair, 1)
+                return REFUSED - Drop.DROP_BUFFER_TOO_SMALL
+
+    cdef void give_up(self, Pair *pair, int count) noexcept nogil:
+        memset(&pair.written[pair.next], 0, count * sizeof(uint32_t))
+        pair.next += count
+        pair.unusable += count
+
+    cdef bint pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil:
+        """Takes buffers: one for each frame to come, more once a frame needs several."""
+        cdef int limit = min(max(wanted, 16) if chains else wanted, <int>BURST)
+        cdef int count, i
+        cdef Chain *chain
+        limit = min(limit, WINDOW - pair.have)
+        if limit <= 0:
+            return False
+        chain = &pair.chains[pair.have]
+        count = (<Virtqueue>pair.rx).pop(chain, limit, &pair.scratch)
+        if count <= 0:
+            return False
+        pair.have += count
+        # Their first lines only: to prefetch payload for writing costs 48 cycles.
+        for i in range(count):
+            if likely(chain[i].writable):
+                prefetch_write(chain[i].segments[chain[i].readable].hva)
+        return True
+
+    cdef void write_whole(self, uint8_t *to, const Frame *frame) noexcept nogil:
+        """A frame in one piece, at least as long as the snapshot, to one piece."""
+        store_header(to, &frame.header, self.header_size == 12, 1)
+        to += self.header_size
+        memcpy(to, frame.head, SNAPSHOT)
+        copy_rest(to + SNAPSHOT, frame.segments[0].hva + SNAPSHOT, frame.length - SNAPSHOT)
+
+    cdef void write(self, Pair *pair, const Frame *frame, int chains) noexcept nogil:
+        """Any frame, to any number of chains with any number of pieces."""
+        cdef uint8_t header[12]
+        cdef Cursor cursor
+        cdef uint32_t left = self.header_size + frame.length
+        cdef uint32_t skip = min(frame.length, <uint32_t>SNAPSHOT)
+        cdef uint32_t rest = frame.length - skip, step
+        cdef const Segment *segment = frame.segments
+        cdef int i
+        cursor.chain = &pair.chains[pair.next]
+        cursor.segment = cursor.chain.readable
+        cursor.offset = 0
+        memset(header, 0, sizeof(header))
+        store_header(header, &frame.header, self.header_size == 12, <uint16_t>chains)
+        copy_to(&cursor, header, self.header_size)
+        # The snapshot, not what its bytes have become in the sender's memory.
+        copy_to(&cursor, frame.head, skip)
+        while rest:
+            if skip < segment.length:
+                step = min(segment.length - skip, rest)
+                copy_to(&cursor, segment.hva + skip, step)
+                rest -= step
+                skip = 0
+            else:
+                skip -= segment.length
+            segment += 1
+        for i in range(chains):
+            step = min(left, pair.chains[pair.next + i].writable_bytes)
+            pair.written[pair.next + i] = step
+            left -= step
+
+    cdef void log(self, Pair *pair, int chains) noexcept nogil:
+        """Tells the dirty log what was written, to the byte."""
+        cdef Chain *chain
+        cdef Segment segment
+        cdef uint32_t left
+        cdef int i, j
+        for i in range(chains):
+            chain = &pair.chains[pair.next + i]
+            left = pair.written[pair.next + i]
+            for j in range(<int>chain.readable, <int>chain.readable + <int>chain.writable):
+                if left == 0:
+                    break
+                segment = chain.segments[j]
+                segment.length = min(segment.length, left)
+                left -= segment.length
+                (<Virtqueue>pair.rx).log_written(&segment, 1)
+
+    # Counters -----------------------------------------------------------------------
+
+    cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:
+        cdef Pair *pair
+        if reason != Drop.DROP_RECEIVER_FULL:
+            self.pairs[queue].sent.drops[reason] += count
+            return
+        pair = &self.pairs[max(self.receiving_pair(queue), 0)]
+        if self.shared:
+            spin_lock(&pair.lock)
+        pair.received.drops[reason] += count
+        if self.shared:
+            spin_unlock(&pair.lock)
+
+    def counters(self) -> list[dict]:
+        """One dictionary for each queue pair."""
+        return [self.pair_counters(i) for i in range(self.pair_limit)]
+
+    cdef dict pair_counters(self, int index):
+        cdef Pair *pair = &self.pairs[index]
+        cdef QueueCounters *sent = &pair.sent
+        cdef QueueCounters *received = &pair.received
+        return {
+            "index": index,
+            "from_guest_packets": sent.from_guest_packets,
+            "from_guest_bytes": sent.from_guest_bytes,
+            "to_guest_packets": received.to_guest_packets,
+            "to_guest_bytes": received.to_guest_bytes,
+            "drops": {name: sent.drops[i] + received.drops[i] for i, name in DROP_NAMES},
+            "chain_faults": {name: sent.chain_faults[i] for i, name in FAULT_NAMES},
+            "buffer_faults": {name: received.chain_faults[i] for i, name in FAULT_NAMES},
+        }
+
+    # Control ------------------------------------------------------------------------
+
+    def negotiated(self, features: int) -> None:
+        """The features that decide the header's form; all rings are held."""
+        self.mergeable = features >> Feature.NET_MRG_RXBUF & 1
+        self.header_size = 12 if self.mergeable or features >> Feature.VERSION_1 & 1 else 10
+
+    def wire(self, index: int, Virtqueue virtqueue not None) -> None:
+        """Puts a virtqueue that is not live into its place."""
+        cdef Pair *pair = &self.pairs[self.checked(index) // 2]
+        if self.virtqueues[index] is not None:
+            raise ValueError(f"{self.name}: virtqueue {index} is in its place already")
+        self.virtqueues[index] = virtqueue
+        store_release_ptr(&pair.tx if index & 1 else &pair.rx, <void *>virtqueue)
+        self.choose_receivers()
+
+    def unwire(self, index: int) -> Virtqueue:
+        """Takes it out again, shows the driver what was held back, and returns it.
+
+        It is held, and workers may still look whether it is live: drop the last reference
+        only when they have been quiescent once more.
+        """
+        cdef Pair *pair = &self.pairs[self.checked(index) // 2]
+        cdef Virtqueue virtqueue = self.virtqueues[index]
+        store_release_ptr(&pair.tx if index & 1 else &pair.rx, NULL)
+        self.virtqueues[index] = None
+        self.choose_receivers()
+        virtqueue.publish()
+        return virtqueue
+
+    def enable(self, index: int, bint enabled) -> None:
+        """SET_VRING_ENABLE."""
+        cdef Pair *pair = &self.pairs[self.checked(index) // 2]
+        if index & 1:
+            pair.tx_enabled = enabled
+        else:
+            pair.rx_enabled = enabled
+        self.choose_receivers()
+
+    cdef int choose_receivers(self) except -1:
+        # Workers may read these in between: each value is good by itself, and transmit()
+        # looks whether the pair that it finds does receive.
+        cdef int i, count = 0
+        for i in range(self.pair_limit):
+            if self.pairs[i].rx != NULL and self.pairs[i].rx_enabled:
+                self.route[count] = <uint8_t>i
+                count += 1
+        write_once_u32(&self.enabled_pairs, count)
+        return 0
+
+    cdef int checked(self, index) except -1:
+        if not 0 <= index < 2 * self.pair_limit:
+            raise ValueError(f"{self.name}: virtqueue {index} of {2 * self.pair_limit}")
+        return index
+
+    # Doors --------------------------------------------------------------------------
+
+    def take(self, queue: int = 0, limit: int = BURST) -> list:
+        """Receives a burst and releases it: each frame's bytes, or the name of its fault."""
+        cdef Frame burst[BURST]
+        cdef Scratch scratch
+        cdef int count = limit, i, number = self.checked(2 * queue) // 2
+        if not 0 <= limit <= BURST:
+            raise ValueError(f"limit {limit} is not in 0..{BURST}")
+        scratch.used = 0
+        scratch.limit = SCRATCH_SEGMENTS
+        scratch.segments = <Segment *>calloc(SCRATCH_SEGMENTS, sizeof(Segment))
+        if scratch.segments == NULL:
+            raise MemoryError("scratch")
+        try:
+            with nogil:
+                count = self.receive(number, burst, count, &scratch)
+            frames = [frame_of(&burst[i]) for i in range(count)]
+            if count > 0:
+                self.release(number, burst, count)
+            return frames
+        finally:
+            free(scratch.segments)
+
+    def give(self, frames, queue: int = 0) -> int:
+        """Transmits frames, each a list of pieces or bytes; returns how many it took."""
+        cdef Frame burst[BURST]
+        cdef Frame *pointers[BURST]
+        cdef Segment *segments
+        cdef bytes piece
+        cdef int count, i, used = 0, number = queue
+        frames = [[f] if isinstance(f, bytes) else list(f) for f in frames]
+        if len(frames) > BURST or not 0 <= queue < PAIRS_MAX:
+            raise ValueError(f"{len(frames)} frames to queue {queue}")
+        segments = <Segment *>calloc(sum(map(len, frames)) + 1, sizeof(Segment))
+        if segments == NULL:
+            raise MemoryError("segments")
+        try:
+            memset(burst, 0, sizeof(burst))
+            for i, pieces in enumerate(frames):
+                pointers[i] = &burst[i]
+                burst[i].segments = &segments[used]
+                burst[i].count = len(pieces)
+                for piece in pieces:
+                    segments[used].hva = <uint8_t *><char *>piece
+                    segments[used].length = len(piece)
+                    burst[i].length += len(piece)
+                    used += 1
+                gather(burst[i].head, burst[i].segments, min(burst[i].length, <uint32_t>SNAPSHOT))
+            count = len(frames)
+            with nogil:
+                count = self.transmit(number, pointers, count)
+            return count
+        finally:
+            free(segments)
+
+
+cdef object frame_of(const Frame *frame):
+    cdef int i
+    if frame.fault:
+        return DROP_NAMES[frame.fault - 1][1]
+    return b"".join([(<char *>frame.segments[i].hva)[:frame.segments[i].length]
+                     for i in range(frame.count)])
+
+
+def names_of(kinds, prefix: str) -> list[tuple[int, str]]:
+    """(number, name) of an enum's members as `status` calls them."""
+    return [(int(kind), kind.name.removeprefix(prefix).lower())
+            for kind in kinds if kind.name.startswith(prefix)]
+
+
+DROP_NAMES = names_of(_port.Drop, "DROP_")
+FAULT_NAMES = [pair for pair in names_of(_ring.ChainFault, "CHAIN_") if 0 < pair[0] < 8
+               and pair[1] != "faults"]
