@@ -66,8 +66,10 @@ class App:
             self.workers.start()
             for server in self.servers:
                 await server.start()
-                log.info("%s", _where(server))
             await self._start_control()
+            # Said once all is well: an error then stands alone.
+            for server in self.servers:
+                log.info("%s", _where(server))
             self._advise()
             listening()
             await self._tick()
@@ -110,7 +112,7 @@ class App:
             "memory_bytes": resident_bytes(),
             "control": self._control_text(),
             "workers": self._loads or self.workers.loads(),
-            "sockets": [server.status() for server in self.servers],
+            "sockets": [{"name": server.device.name, **server.status()} for server in self.servers],
         }
         if self.switch is not None:
             status["switch"] = self.switch.status()
@@ -124,7 +126,7 @@ class App:
                 "port": server.device.name,
                 "kind": server.device.kind,
                 "socket": server.path if server.path is not None else f"fd {server.fd}",
-                **server.device.status(),
+                "queues": server.device.status()["queues"],
             }
             for server in servers
         ]

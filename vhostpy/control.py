@@ -331,7 +331,12 @@ class Client:
 
 
 def directories() -> list[Path]:
-    """Where control sockets may lie, the preferred one first; none need exist."""
+    """Where control sockets may lie, the preferred one first; none need exist.
+
+    VHOSTPY_RUNTIME_DIR keeps processes apart from all others: only that directory then.
+    """
+    if own := os.environ.get("VHOSTPY_RUNTIME_DIR"):
+        return [Path(own)]
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     session = [Path(runtime, "vhostpy")] if runtime else []
     return [*session, Path("/run/vhostpy"), Path(f"/tmp/vhostpy-{os.geteuid()}")]

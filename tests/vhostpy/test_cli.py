@@ -27,7 +27,7 @@ GIB = 1 << 30
 def place(monkeypatch):
     """A short directory of our own, current and for control sockets, as the machine's are not."""
     with tempfile.TemporaryDirectory(prefix="vp") as directory:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        monkeypatch.setenv("VHOSTPY_RUNTIME_DIR", f"{directory}/vhostpy")
         monkeypatch.setenv("COLUMNS", "200")
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         monkeypatch.chdir(directory)

@@ -12,6 +12,9 @@ the counters of the process that runs; then of one port, for a program
   vhostpy stats vu0 --port vu1 --json
 """
 
+# Numbers of a queue that do not add up.
+NO_COUNTERS = {"index", "worker"}
+
 
 def main(arguments: list[str], program: str) -> int:
     """Shows the counters; returns the exit status."""
@@ -29,13 +32,12 @@ def main(arguments: list[str], program: str) -> int:
 
 def _table(port: dict[str, Any]) -> Any:
     """Counters of a port: a row each, a column for each queue that ever did something."""
-    queues = [queue for queue in port.get("queues") or [] if isinstance(queue, dict)]
-    columns = [(_queue_name(queue, i), dict(_counters(queue))) for i, queue in enumerate(queues)]
-    columns = [column for column in columns if any(column[1].values())]
-    totals: dict[str, int] = dict(_counters(port))
-    for _, counters in columns:
+    queues = {f"queue {queue['index']}": dict(_counters(queue)) for queue in port["queues"]}
+    totals: dict[str, int] = {}
+    for counters in queues.values():
         for name, count in counters.items():
             totals[name] = totals.get(name, 0) + count
+    columns = [(name, counters) for name, counters in queues.items() if any(counters.values())]
     title = f"{port['port']} ({port['socket']})"
     headings = ["total", *(name for name, _ in columns)] if len(columns) > 1 else ["total"]
     rows = table("counter", *headings, title=title, numbers=tuple(headings))
@@ -47,10 +49,6 @@ def _table(port: dict[str, Any]) -> Any:
     return rows
 
 
-def _queue_name(queue: dict[str, Any], index: int) -> str:
-    return f"queue {queue.get('index', queue.get('queue', index))}"
-
-
 def _counters(part: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Names and counts; what lies in a map below, such as drops, as 'drops.name'."""
     for name, value in part.items():
@@ -58,5 +56,5 @@ def _counters(part: dict[str, Any]) -> Iterator[tuple[str, int]]:
             for below, count in value.items():
                 if type(count) is int:
                     yield f"{name}.{below}", count
-        elif type(value) is int and name not in ("index", "queue"):
+        elif type(value) is int and name not in NO_COUNTERS:
             yield name, value

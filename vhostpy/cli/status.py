@@ -104,45 +104,43 @@ def _show_process(status: dict[str, Any]) -> None:
 
 
 def _sockets(sockets: list[dict[str, Any]]) -> Any:
-    rows = table("socket", "handshake", "waits for", "rings", "sessions", numbers=("sessions",))
+    rows = table(
+        "name", "socket", "handshake", "waits for", "rings", "sessions", numbers=("sessions",)
+    )
     for socket in sockets:
         rows.add_row(
+            cell(socket["name"]),
             cell(socket["socket"]),
             cell(socket["handshake"]),
-            cell(socket.get("waits_for") or "nothing"),
-            cell(_rings(socket.get("rings") or [])),
-            str(socket.get("sessions", "")),
+            cell(socket["waits_for"] or "nothing"),
+            cell(_rings(socket.get("rings", []))),
+            str(socket["sessions"]),
         )
     return rows
 
 
-def _rings(rings: Any) -> str:
+def _rings(rings: list[dict[str, Any]]) -> str:
     """'4 started, 2 enabled'."""
-    if isinstance(rings, dict):
-        rings = list(rings.values())
     if not rings:
         return "none"
-    if not all(isinstance(ring, dict) for ring in rings):
-        return str(len(rings))
-    started = sum(bool(ring.get("started")) for ring in rings)
-    enabled = sum(bool(ring.get("started") and ring.get("enabled")) for ring in rings)
-    return f"{started} started, {enabled} enabled"
+    started = [ring for ring in rings if ring["state"] == "started"]
+    return f"{len(started)} started, {sum(ring['enabled'] for ring in started)} enabled"
 
 
 def _devices(sockets: list[dict[str, Any]]) -> Any:
     """The plain facts of every device; its counters are `stats`'s."""
-    devices = [socket.get("device") or {} for socket in sockets]
-    names: list[str] = []
-    for device in devices:
-        names += [
-            key for key, value in device.items() if _plain(value) and key not in (*names, "name")
-        ]
-    rows = table("device", *(name.replace("_", " ") for name in names))
-    for socket, device in zip(sockets, devices, strict=True):
-        rows.add_row(
-            cell(device.get("name", socket["socket"])),
-            *(cell(device.get(name, "-")) for name in names),
+    names = list(
+        dict.fromkeys(
+            name
+            for socket in sockets
+            for name, value in socket["device"].items()
+            if _plain(value) and name not in ("name", "kind")
         )
+    )
+    rows = table("device", *(name.replace("_", " ") for name in names))
+    for socket in sockets:
+        values = (socket["device"].get(name) for name in names)
+        rows.add_row(cell(socket["name"]), *(cell(_fact(value)) for value in values))
     return rows
 
 
@@ -162,9 +160,15 @@ def _facts(title: str, facts: dict[str, Any]) -> Any:
     rows = table(title, "", numbers=("",))
     for name, value in facts.items():
         if _plain(value) and name != "name":
-            rows.add_row(name.replace("_", " "), cell(value))
+            rows.add_row(name.replace("_", " "), cell(_fact(value)))
     return rows
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float) or value is None
+    return value is None or isinstance(value, str | int | float)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
