@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -172,6 +173,7 @@ def test_qemu_io_writes_and_verifies_patterns(directory: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_disk_outlives_100_killed_front_ends(directory: Path) -> None:
     image = make_image(directory / "kills.img", 64)
     socket = directory / "vbkill"
@@ -179,17 +181,26 @@ def test_disk_outlives_100_killed_front_ends(directory: Path) -> None:
     target = f"driver=virtio-blk-vhost-user,path={socket},cache.direct=on"
     with Backend("blk", "--socket", socket, "--file", image, directory=directory) as backend:
         footprints = []
-        for _ in range(101):
+        for number in range(101):
+            pattern = number % 255 + 1
             bench = subprocess.Popen(
-                [*program.argv, "bench", "-w", "-c", "100000000", "-d", "64", "-s", "4096",
-                 "-t", "none", "--image-opts", target],
-                env=program.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            assert bench.stdout is not None
-            assert b"Sending" in bench.stdout.readline()
+                [*program.argv, "bench", "-w", f"--pattern={pattern}", "-c", "100000000",
+                 "-d", "64", "-s", "4096", "-t", "none", "--image-opts", target],
+                env=program.env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wait_first_byte(image, pattern)
             bench.kill()
             bench.wait()
-            bench.stdout.close()
-            assert qemu_io(socket, "write -P 1 0 1M", "read -P 1 0 1M").returncode == 0
+            done = qemu_io(socket, "write -P 0 0 1M", "read -P 0 0 1M")
+            assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
             footprints.append(backend.footprint())
     first, last = footprints[0], footprints[-1]
     assert (last.fds, last.threads, last.mappings) == (first.fds, first.threads, first.mappings)
+
+
+def wait_first_byte(image: Path, value: int, timeout_s: float = 20) -> None:
+    """Until writes have reached the image."""
+    deadline = time.monotonic() + timeout_s
+    with image.open("rb", buffering=0) as file:
+        while os.pread(file.fileno(), 1, 0) != bytes([value]):
+            assert time.monotonic() < deadline, f"no {value} in {image} within {timeout_s} s"
+            time.sleep(0.01)

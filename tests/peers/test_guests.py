@@ -206,11 +206,13 @@ def test_guest_reboots_under_traffic(restless: Network) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_driver_reloads_100_times_under_traffic(restless: Network) -> None:
     reload_driver(restless, times=100)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_guest_reboots_20_times_under_traffic(restless: Network) -> None:
     reboot(restless, times=20)
 
@@ -235,5 +237,6 @@ def test_port_outlives_a_killed_qemu(restless: Network) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_port_outlives_100_killed_qemus(restless: Network) -> None:
     replace_guest(restless, times=100)
