@@ -74,9 +74,9 @@ cdef class Worker:
     cdef uint64_t shown_total
 
     cdef void loop(self) noexcept nogil
-    cdef int turn(self) noexcept nogil
-    cdef void activate_all(self) noexcept nogil
-    cdef void activate(self, uint64_t event) noexcept nogil
+    cdef int turn(self, Table *table) noexcept nogil
+    cdef void activate_all(self, Table *table) noexcept nogil
+    cdef void activate(self, Table *table, uint64_t event) noexcept nogil
     cdef void wake(self) noexcept nogil
     cdef void wait_turn(self) noexcept nogil
     cdef Table *new_table(self, uint32_t slots) except NULL

@@ -15,7 +15,7 @@ import atexit
 import os
 import threading
 import weakref
-from errno import EBADF, EEXIST, ENOENT
+from errno import EEXIST
 
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t
@@ -241,12 +241,12 @@ cdef class Worker:
             if unlikely(table.generation != generation or nudged != seen):
                 generation = table.generation
                 seen = nudged
-                self.activate_all()
+                self.activate_all(table)
             else:
                 for i in range(count):
-                    self.activate(events[i].data.u64)
+                    self.activate(table, events[i].data.u64)
             count = 0
-            found = self.turn() if self.active_count > 0 else 0
+            found = self.turn(table) if self.active_count > 0 else 0
             parked = <int>table.members - self.active_count
             store_release_u64(&self.epoch, self.epoch + 1)
 
@@ -265,10 +265,10 @@ cdef class Worker:
             if count < 0:           # EINTR
                 count = 0
 
-    cdef int turn(self) noexcept nogil:
+    # The table is the one that loop() loaded: another may be published meanwhile.
+    cdef int turn(self, Table *table) noexcept nogil:
         """Polls each active pollable once; returns how many found work."""
         cdef Turn turn
-        cdef Table *table = self.table
         cdef Entry *entry
         cdef uint64_t start = ticks(), before = start, after, busy = 0
         cdef int found, total = 0, i = self.cursor if self.cursor < self.active_count else 0
@@ -308,8 +308,7 @@ cdef class Worker:
             self.load.busy_ticks += busy
         return total
 
-    cdef void activate_all(self) noexcept nogil:
-        cdef Table *table = self.table
+    cdef void activate_all(self, Table *table) noexcept nogil:
         cdef uint64_t now = ticks()
         cdef uint32_t slot
         self.active_count = 0
@@ -324,9 +323,8 @@ cdef class Worker:
             table.active[self.active_count] = slot
             self.active_count += 1
 
-    cdef void activate(self, uint64_t event) noexcept nogil:
+    cdef void activate(self, Table *table, uint64_t event) noexcept nogil:
         """An fd of a slot is readable; it may be late, and of a slot long gone."""
-        cdef Table *table = self.table
         cdef uint32_t slot = <uint32_t>event
         cdef Entry *entry
         if slot >= table.slots:     # the wake fd too
@@ -420,14 +418,11 @@ cdef class Worker:
 
     cdef unwatch_fd(self, int fd):
         cdef epoll_event event
-        cdef int error
         if self.epoll_fd < 0:
             return
         memset(&event, 0, sizeof(event))
-        if epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, &event) < 0:
-            error = errno
-            if error != ENOENT and error != EBADF:
-                raise OSError(error, os.strerror(error))
+        # It fails where the fd was closed before, and with it the watch.
+        epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, &event)
 
     cdef close_fds(self):
         if self.epoll_fd >= 0:
@@ -539,13 +534,13 @@ cdef class Workers:
             serial = home.next_serial
             home.next_serial += 1
             pollable.parked = False
-            try:
-                for fd in fds:
+            for i, fd in enumerate(fds):
+                try:
                     home.watch_fd(fd, <uint64_t>serial << 32 | <uint32_t>slot)
-            except BaseException:
-                for fd in fds:
-                    home.unwatch_fd(fd)
-                raise
+                except BaseException:
+                    for fd in fds[:i]:
+                        home.unwatch_fd(fd)
+                    raise
             if slot == len(home.pollables):
                 home.pollables.append(pollable)
             else:
