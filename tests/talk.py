@@ -102,6 +102,10 @@ class Talk:
     ) -> list[Effect]:
         """The effects of one message, answers left out: those are in `answers`, typed."""
         (message,) = self.decoder.feed(encode(request, payload, need_reply=need_reply), fds)
+        return self.take(message)
+
+    def take(self, message: Message) -> list[Effect]:
+        """The same for a message that was decoded before."""
         self.answers = []
         effects: list[Effect] = []
         error = None

@@ -12,7 +12,6 @@ fails ends the session, unless the device refuses it (`Refused`), which changes 
 Source: QEMU, docs/interop/vhost-user.rst; sections are named where a rule comes from one.
 """
 
-import itertools
 import logging
 import sys
 from collections import Counter
@@ -47,6 +46,7 @@ from vhostpy.effects import (
 )
 from vhostpy.errors import ProtocolError, Refused, VhostpyError
 from vhostpy.fds import OwnedFd
+from vhostpy.handshake import SHARE_ON, describe, feature_names, listed, protocol_feature_names
 from vhostpy.payloads import (
     CONFIG_SIZE_MAX,
     U64,
@@ -58,7 +58,8 @@ from vhostpy.payloads import (
     VringState,
 )
 from vhostpy.protocol import FRONT_END_TABLE, UNKNOWN, FrontEndRequest, Message
-from vhostpy.ringstate import ADDRESS_END, Ring, RingEvent, RingState, StopReason
+from vhostpy.regions import FILE_END, check_regions, first_unmapped
+from vhostpy.ringstate import Ring, RingEvent, RingState, StopReason
 
 __all__ = [
     "AddRegion",
@@ -103,10 +104,8 @@ CORE_PROTOCOL_FEATURES = (
 # What SET_FEATURES may change while a ring runs.
 CHANGEABLE_FEATURES = 1 << Feature.LOG_ALL
 
-FILE_END = (1 << 63) - 1  # off_t
 VRING_F_LOG = 1  # "A vring address description"
 MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.3, "Network Device / Device configuration layout"
-SHARE_ON = "give QEMU -object memory-backend-memfd,share=on and -numa node,memdev="
 
 
 class Session:
@@ -125,7 +124,7 @@ class Session:
         self.refused: Counter[str] = Counter()
         # Why it is over. Not the exception: that keeps frames alive, and fds in them.
         self.ended = ""
-        self._messages = 0
+        self.messages = 0  # handled
 
     # Doors -----------------------------------------------------------------------------
 
@@ -133,7 +132,7 @@ class Session:
         """What `message` changes. Raises ProtocolError; `done` is called in any case."""
         if self.ended:
             raise ProtocolError(f"{message.name} after the session ended: {self.ended}")
-        self._messages += 1
+        self.messages += 1
         served = SERVED.get(message.request)
         if served is None:
             raise Refused(_why_not(message))
@@ -194,33 +193,7 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """Where the handshake stands and what it waits for, in words; and the details."""
-        handshake, waits_for = self._handshake()
-        return {
-            "handshake": handshake,
-            "waits_for": waits_for,
-            "features": _names(self.features or 0, _feature_members(self.device.kind)),
-            "protocol_features": _names(
-                self.protocol_features, ProtocolFeature.__members__.items()
-            ),
-            "memory_regions": len(self.regions),
-            "memory_size_bytes": sum(region.size for region in self.regions),
-            "dirty_log": self.logging and bool(self._feature(Feature.LOG_ALL)),
-            "device_status": self.device_status,
-            "refused": dict(self.refused),
-            "rings": [
-                {
-                    "index": ring.index,
-                    "state": ring.state.value,
-                    "enabled": ring.enabled,
-                    "size": ring.num,
-                    "base": ring.base,
-                    "poll": ring.poll,
-                    "waits_for": "" if ring.started else self._missing(ring),
-                }
-                for ring in self.rings
-                if ring.touched
-            ],
-        }
+        return describe(self)
 
     # Answers ---------------------------------------------------------------------------
 
@@ -263,14 +236,14 @@ class Session:
         features = message.payload.value
         beyond = features & ~self.offered
         if beyond:
-            names = _names(beyond, _feature_members(self.device.kind))
+            names = feature_names(beyond, self.device.kind)
             raise Refused(f"SET_FEATURES: not offered: {', '.join(names)}")
         changed = features ^ (self.features or 0)
         running = [ring.index for ring in self.rings if ring.started]
         if running and changed & ~CHANGEABLE_FEATURES:
-            names = _names(changed & ~CHANGEABLE_FEATURES, _feature_members(self.device.kind))
+            names = feature_names(changed & ~CHANGEABLE_FEATURES, self.device.kind)
             raise Refused(
-                f"SET_FEATURES: {', '.join(names)} changed while rings {_list(running)} run",
+                f"SET_FEATURES: {', '.join(names)} changed while rings {listed(running)} run",
                 "the front-end has to stop the rings (GET_VRING_BASE) first",
             )
         self.features = features
@@ -287,7 +260,7 @@ class Session:
     def _set_protocol_features(self, message: Message) -> list[Effect]:
         beyond = message.payload.value & ~self.protocol_offered
         if beyond:
-            names = _names(beyond, ProtocolFeature.__members__.items())
+            names = protocol_feature_names(beyond)
             raise Refused(f"SET_PROTOCOL_FEATURES: not offered: {', '.join(names)}")
         self.protocol_features = message.payload.value
         return []
@@ -317,7 +290,7 @@ class Session:
         regions = message.payload.regions
         if not regions:
             raise ProtocolError("SET_MEM_TABLE: no memory regions", SHARE_ON)
-        _check_regions(message.name, regions)
+        check_regions(message.name, regions)
         return self._replace_memory(
             list(regions), SetMemory(regions, tuple(fd.move() for fd in message.fds))
         )
@@ -329,7 +302,7 @@ class Session:
             raise ProtocolError(
                 f"ADD_MEM_REG: {len(regions)} regions, at most {int(Limit.MEM_SLOTS_MAX)}"
             )
-        _check_regions(message.name, regions)
+        check_regions(message.name, regions)
         return self._replace_memory(regions, AddRegion(region, message.fds[0].move()))
 
     def _rem_mem_reg(self, message: Message) -> list[Effect]:
@@ -495,7 +468,7 @@ class Session:
         return [
             effect
             for ring in self.rings
-            if ring.state is RingState.WAITING and not self._missing(ring)
+            if ring.state is RingState.WAITING and not self.missing(ring)
             for effect in self._start(ring)
         ]
 
@@ -515,7 +488,8 @@ class Session:
             return "its addresses (SET_VRING_ADDR)"
         return ""
 
-    def _missing(self, ring: Ring) -> str:
+    def missing(self, ring: Ring) -> str:
+        """What `ring` waits for, in words; "" for nothing."""
         missing = self._missing_before_memory(ring)
         if missing:
             return missing
@@ -526,12 +500,8 @@ class Session:
 
     def _unmapped(self, ring: Ring) -> str:
         """The first part of `ring` that lies in no region, in words; "" for none."""
-        for part in ring.parts(bool(self._packed)):
-            if not any(
-                r.uva <= part.uva and part.uva + part.size <= r.uva + r.size for r in self.regions
-            ):
-                return f"{part.name} at UVA {part.uva:#x} ({part.size} bytes)"
-        return ""
+        part = first_unmapped(ring.parts(bool(self._packed)), self.regions)
+        return "" if part is None else f"{part.name} at UVA {part.uva:#x} ({part.size} bytes)"
 
     def _demand_mapped(self, ring: Ring) -> None:
         unmapped = self._unmapped(ring)
@@ -597,31 +567,6 @@ class Session:
         self.features = None
         self.device_status = 0
         return [*effects, ResetDevice()]
-
-    # Status ----------------------------------------------------------------------------
-
-    def _handshake(self) -> tuple[str, str]:
-        """Where it stands, and what comes next ("" when nothing has to)."""
-        if self.ended:
-            return "ended", ""
-        if not self._messages:
-            return "connected", "waiting for the first message"
-        running = [ring.index for ring in self.rings if ring.started]
-        pending = [
-            f"ring {ring.index}: waits for {self._missing(ring)}"
-            for ring in self.rings
-            if ring.touched and not ring.started
-        ]
-        if not running:
-            if self.features is None:
-                return "negotiating", "waiting for SET_FEATURES"
-            if not self.regions:
-                return "negotiated", f"waiting for SET_MEM_TABLE; {SHARE_ON}"
-            return "memory shared", "; ".join(pending) or "waiting for SET_VRING_KICK"
-        disabled = [ring.index for ring in self.rings if ring.started and not ring.enabled]
-        if disabled:
-            pending.append(f"rings {_list(disabled)}: wait for SET_VRING_ENABLE")
-        return f"ready: rings {_list(running)} run", "; ".join(pending)
 
 
 # What is served, by whom, and what has to be there first. --------------------------------
@@ -708,47 +653,3 @@ def _reply(message: Message, payload: Payload) -> Reply:
 
 def _moved(message: Message) -> OwnedFd | None:
     return message.fds[0].move() if message.fds else None
-
-
-def _check_regions(name: str, regions: tuple[MemoryRegion, ...] | list[MemoryRegion]) -> None:
-    """Exact sums, no wrap, no overlap of guest addresses."""
-    for i, region in enumerate(regions):
-        where = f"{name} region {i}"
-        if not region.size:
-            raise ProtocolError(f"{where}: size 0 at GPA {region.gpa:#x}")
-        for kind, start, end in (
-            ("GPA", region.gpa, ADDRESS_END),
-            ("UVA", region.uva, ADDRESS_END),
-            ("offset", region.offset, FILE_END),
-        ):
-            if start + region.size > end:
-                raise ProtocolError(
-                    f"{where}: {region.size:#x} bytes at {kind} {start:#x} pass {end:#x}"
-                )
-    ordered = sorted(regions, key=lambda region: region.gpa)
-    for lower, upper in itertools.pairwise(ordered):
-        if lower.gpa + lower.size > upper.gpa:
-            raise ProtocolError(
-                f"{name}: regions overlap: GPA {lower.gpa:#x} with {lower.size:#x} bytes and "
-                f"GPA {upper.gpa:#x}"
-            )
-
-
-def _feature_members(kind: str) -> list[tuple[str, int]]:
-    """Names of bits for a device type: low bits mean something else for each."""
-    prefix = kind.upper() + "_"
-    foreign = tuple(p for p in ("NET_", "BLK_") if p != prefix)
-    return [
-        (name.removeprefix(prefix), int(bit))
-        for name, bit in Feature.__members__.items()
-        if not name.startswith(foreign)
-    ]
-
-
-def _names(mask: int, members: Any) -> list[str]:
-    known = {int(bit): name for name, bit in members}
-    return [known.get(bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]
-
-
-def _list(indexes: list[int]) -> str:
-    return ", ".join(map(str, indexes))

@@ -1,5 +1,6 @@
 """The codec: one table of cases drives both ends, fed whole, byte by byte and with a tail."""
 
+import gc
 import os
 import socket
 from dataclasses import dataclass
@@ -222,8 +223,14 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def no_fd_leaks():
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage():
+    """Files that earlier modules left in garbage would go at any time."""
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def no_fd_leaks(no_garbage):
     """Fails where a test leaves another set of open files than it found."""
     before = open_fds()
     yield
@@ -232,9 +239,6 @@ def no_fd_leaks():
 
 def pipes(count: int) -> list[OwnedFd]:
     return [eventfd() for _ in range(count)]
-
-
-pytestmark = pytest.mark.usefixtures("no_fd_leaks")
 
 
 def check(case: Case, messages, fds) -> None:

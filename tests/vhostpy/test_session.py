@@ -1,5 +1,6 @@
 """The session: what each message changes, in any order, and what it refuses."""
 
+import gc
 import itertools
 
 import pytest
@@ -66,8 +67,14 @@ PLAIN = FEATURES & ~(1 << Feature.PROTOCOL_FEATURES)
 PACKED = FEATURES | 1 << Feature.RING_PACKED
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage():
+    """Files that earlier modules left in garbage would go at any time."""
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
-def no_fd_leaks():
+def no_fd_leaks(no_garbage):
     """Fails where a test leaves another set of open files than it found."""
     before = open_fds()
     yield
