@@ -142,16 +142,10 @@ class FrontEnd:
         layout: Sequence[tuple[int, int]] = DEFAULT_LAYOUT,
     ) -> None:
         if isinstance(target, str):
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.sock.settimeout(timeout_s)
-            try:
-                self.sock.connect(target)
-            except BaseException:
-                self.sock.close()
-                raise
+            self.sock = _connect(target, timeout_s)
         else:
             self.sock = target
-            self.sock.settimeout(timeout_s)
+        self.sock.settimeout(timeout_s)
         self.timeout_s = timeout_s
         self.features = 0
         self.protocol_features = 0
@@ -426,6 +420,25 @@ class FrontEnd:
     def enable(self, index: int, enabled: bool) -> None:
         """SET_VRING_ENABLE."""
         self.request(FrontEndRequest.SET_VRING_ENABLE, VringState(index, int(enabled)))
+
+
+def _connect(path: str, timeout_s: float) -> socket.socket:
+    deadline = time.monotonic() + timeout_s
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                # The listener's queue is full, and nothing tells when it has room.
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{path}: not accepted in {timeout_s} s") from None
+                time.sleep(0.005)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _eventfd() -> OwnedFd:
