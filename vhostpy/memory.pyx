@@ -286,9 +286,6 @@ cdef int translate(const MemoryMap *map, uint64_t gpa, uint64_t length,
     cdef const Region *region
     cdef uint64_t offset, piece
     cdef int count = 0
-    # The last byte must not wrap around 2**64; a length of 0 is no range.
-    if unlikely(length == 0 or gpa + (length - 1) < gpa):
-        return TRANSLATE_FAULT
     if index >= map.count or gpa - map.regions[index].gpa >= map.regions[index].size:
         index = region_of(map, gpa)
     while True:
@@ -309,7 +306,7 @@ cdef int translate(const MemoryMap *map, uint64_t gpa, uint64_t length,
         if length == 0:
             hint[0] = index
             return count
-        gpa += piece
+        gpa += piece                      # wraps only at the end of the last region
         if offset + piece == region.size:
             index += 1
 

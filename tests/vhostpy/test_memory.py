@@ -5,6 +5,7 @@ What a hostile front-end does to it is in tests/hostile/test_memory.py.
 
 import ctypes
 import gc
+import mmap
 import multiprocessing
 import os
 import tempfile
@@ -341,29 +342,33 @@ def test_marking_agrees_with_a_set_of_pages_and_touches_nothing_else(size, offse
         os.close(fd)
 
 
-def mark_every_other(fd, size, first, barrier, rounds):
-    log = DirtyLog(fd, 0, size)
-    for start in range(rounds):
-        barrier.wait()
-        for page in range(start * 64 + first, (start + 1) * 64, 2):
-            log.mark(page * LOG_PAGE, 1)
+def mark_in_step(log_fd, step_fd, size, me):
+    """Marks a page of each byte of the log at the moment when the other does."""
+    log = DirtyLog(log_fd, 0, size)
+    with mmap.mmap(step_fd, PAGE) as area, memoryview(area).cast("Q") as steps:
+        for byte in range(size):
+            gpa = (byte * 8 + 4 * me) * LOG_PAGE
+            steps[me] = byte + 1
+            while steps[1 - me] <= byte:
+                os.sched_yield()
+            log.mark(gpa, 1)
 
 
 def test_two_writers_of_the_same_bytes_lose_no_bit():
-    """Bits of one byte set by several workers, or cleared by the front-end."""
-    rounds = 500
-    fd = os.memfd_create("log")
-    os.truncate(fd, rounds * 8)
+    """Bits of one byte are set by several workers, and cleared by the front-end."""
+    size = 20_000
+    log_fd, step_fd = os.memfd_create("log"), os.memfd_create("steps")
+    os.truncate(log_fd, size)
+    os.truncate(step_fd, PAGE)
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
     writers = [
-        context.Process(target=mark_every_other, args=(fd, rounds * 8, first, barrier, rounds))
-        for first in (0, 1)
+        context.Process(target=mark_in_step, args=(log_fd, step_fd, size, me)) for me in (0, 1)
     ]
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join(120)
         assert writer.exitcode == 0
-    assert len(DirtyLog(fd, 0, rounds * 8).pages()) == rounds * 64
-    os.close(fd)
+    assert os.pread(log_fd, size, 0) == b"\x11" * size
+    os.close(log_fd)
+    os.close(step_fd)
