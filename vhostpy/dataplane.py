@@ -72,24 +72,21 @@ class DataPlane:
             case e.StopRing(index):
                 return await self._stop_ring(index)
             case e.EnableRing(index, enabled):
-                if index in self.rings:
-                    with self._held([index]):
-                        self.device.ring_enabled(index, enabled)
-            case e.SetRingCall(index):
-                self._set_call(index)
-                _close(effect.replaced)
-            case e.SetRingKick(index):
-                if index in self.rings:
+                with self._held([index]):
+                    self.device.ring_enabled(index, enabled)
+            case e.SetRingCall(index, replaced):
+                with replaced or contextlib.nullcontext():
+                    self._set_call(index)
+            case e.SetRingKick(index, replaced):
+                with replaced or contextlib.nullcontext():
                     self.device.ring_kick(index, _eventfd(self.session.rings[index].kick))
-                _close(effect.replaced)
-            case e.SetRingErr():
-                _close(effect.replaced)
+            case e.SetRingErr(_, replaced):
+                _close(replaced)
             case e.SetRingAddresses(index):
                 self._set_addresses(index)
             case e.SetRingBase(index):
-                if index in self.rings:
-                    with self._held([index]) as virtqueues:
-                        virtqueues[0].base = self.session.rings[index].base
+                with self._held([index]) as virtqueues:
+                    virtqueues[0].base = self.session.rings[index].base
             case e.SetBackendChannel(fd):
                 _close(self.backend_channel)
                 self.backend_channel = fd
@@ -272,14 +269,11 @@ class DataPlane:
         return ring.virtqueue.base
 
     def _set_call(self, index: int) -> None:
-        if index in self.rings:
-            call_fd = _eventfd(self.session.rings[index].call)
-            with self._held([index]) as virtqueues:
-                virtqueues[0].set_call(call_fd)
+        call_fd = _eventfd(self.session.rings[index].call)
+        with self._held([index]) as virtqueues:
+            virtqueues[0].set_call(call_fd)
 
     def _set_addresses(self, index: int) -> None:
-        if index not in self.rings:
-            return
         state = self.session.rings[index]
         with self._held([index]) as virtqueues:
             virtqueues[0].set_addresses(

@@ -238,8 +238,12 @@ class Connection:
         except OSError as caught:
             # EMFILE, ENOMEM: the front-end asked for more than this process may have.
             error = ProtocolError(f"{self.device.name}: {message.request!r}: {caught}")
-        for effect in self.session.done(message, error):
-            await self._do(effect)
+        try:
+            for effect in self.session.done(message, error):
+                await self._do(effect)
+        finally:
+            # The error refers to this frame: a cycle that would keep unused fds open.
+            del error
 
     async def _do(self, effect: Effect) -> None:
         if isinstance(effect, Reply):
