@@ -107,7 +107,7 @@ def test_bytes_that_make_no_sense_end_in_a_control_error_and_hold_no_memory(chun
 
 @pytest.mark.parametrize(
     "body",
-    [b"\xdf\xff\xff\xff\xff", b"\xdd\x00\x01\x00\x00" + b"\xc0" * 50_000, b"\x91" * 60_000],
+    [b"\xdf\xff\xff\xff\xff", b"\xdd" + LENGTH.pack(50_000) + b"\xc0" * 50_000, b"\x91" * 60_000],
     ids=["map header", "long array", "deep"],
 )
 def test_a_message_that_would_unpack_into_more_than_it_weighs_is_refused(body):
