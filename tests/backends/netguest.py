@@ -159,6 +159,18 @@ class Guest:
             self.posted[queue, ident] = where
         driver.kick()
 
+    def post_bad(
+        self,
+        writable: Sequence[tuple[int, int]] = ((1 << 40, 2000),),
+        *,
+        readable: Sequence[tuple[int, int]] = (),
+        queue: int = 0,
+    ) -> None:
+        """Adds a receive buffer that can't be written to: no memory is there, unless told."""
+        ident = self.drivers[2 * queue].add(list(readable), list(writable))
+        self.posted[queue, ident] = []
+        self.drivers[2 * queue].kick()
+
     def used(self, queue: int = 0) -> list[tuple[bytes, int]]:
         """(content, used length) of receive buffers that came back."""
         result = []
