@@ -88,7 +88,7 @@ def small_pool(size):
         try:
             yield directory
         finally:
-            subprocess.run(["umount", directory], check=True)
+            subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 @pytest.fixture(params=["4k", "huge"])
