@@ -27,9 +27,6 @@ log = logging.getLogger("vhostpy")
 # main loop waits for the answer meanwhile.
 DRAIN_DEADLINE_S = 5.0
 
-# Generations that a request still used when its session ended: never unmapped under I/O.
-leaked: list[GuestMemory] = []
-
 
 @dataclass(slots=True)
 class RunningRing:
@@ -107,11 +104,12 @@ class DataPlane:
 
     def look_after(self) -> None:
         """Reports rings that broke; raises GuestError if guest memory is gone."""
-        if self.memory is not None and self.memory.poisoned:
-            raise GuestError(
-                f"{self.device.name}: guest memory was truncated or cannot be read",
-                "the front-end must not shrink memory that it shares; start it again",
-            )
+        for what, shared in (("guest memory", self.memory), ("the dirty log", self.log)):
+            if shared is not None and shared.poisoned:
+                raise GuestError(
+                    f"{self.device.name}: {what} was truncated or cannot be read",
+                    "the front-end must not shrink memory that it shares; start it again",
+                )
         for index, ring in self.rings.items():
             if ring.virtqueue.broken and not ring.reported_broken:
                 ring.reported_broken = True
@@ -126,7 +124,7 @@ class DataPlane:
                     _signal(err.fileno())
 
     async def close(self) -> None:
-        """Ends it all. Memory that a request still uses is leaked, counted and logged."""
+        """Ends it all. Memory that a request still uses stays mapped for ever, and is logged."""
         for index in list(self.rings):
             try:
                 await self._stop_ring(index)
@@ -138,7 +136,6 @@ class DataPlane:
         self.memory = self.log = None
         for memory in self.retired:
             if memory.in_use:
-                leaked.append(memory)
                 log.error(
                     "%s: requests still use guest memory; %d bytes stay mapped",
                     self.device.name,
