@@ -131,6 +131,14 @@ def test_a_zero_length_anywhere_in_the_chain(layout, at):
 
 
 @each_layout
+@pytest.mark.parametrize("flags", [0, WRITE])
+def test_a_zero_length_alone(layout, flags):
+    with Rings(layout, size=SIZE) as rings:
+        rings.guest.descriptor(0, GOOD, 0, flags)
+        refuse(rings, ChainFault.CHAIN_ZERO_LENGTH)
+
+
+@each_layout
 def test_readable_after_writable(layout):
     with Rings(layout, size=SIZE) as rings:
         rings.guest.descriptor(0, GOOD, 8, NEXT | WRITE, 1)
@@ -314,10 +322,11 @@ def test_a_chain_of_more_pieces_than_a_scratch_holds(layout):
 
 @each_layout
 def test_chains_that_fill_the_scratch_wait_for_the_next_burst(layout):
-    with Rings(layout, size=1024) as rings:
+    with Rings(layout, size=2048) as rings:
         for i in range(1024):
             rings.guest.descriptor(i, BORDER - 1, 2, NEXT if i % 512 < 511 else 0, i + 1)
-        heads = [0, 512, 0, 512, 0, 512]
+        rings.guest.descriptor(2000, GOOD, 8)
+        heads = [0, 512, 0, 512, 2000, 512]
         rings.guest.offer(*heads)
         bursts = [rings.device.take() for _ in range(3)]
         assert [len(burst) for burst in bursts] == [4, 2, 0]
@@ -475,6 +484,23 @@ def test_a_ring_that_is_not_aligned(layout, part, offsets):
         for offset in offsets:
             with pytest.raises(ProtocolError, match="aligned"):
                 ring_at(rings, **{f"{part}_uva": UVA + offset})
+
+
+@each_layout
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_a_ring_that_is_aligned_only_for_the_front_end(layout, offset):
+    """The region starts at an odd place in its file: our own address is what we load from."""
+    with Rings(layout) as rings:
+        odd = RegionInfo(GPA, 1 << 20, UVA, Mapping(rings.fd, offset, 1 << 20))
+        with pytest.raises(ProtocolError, match="aligned"):
+            Virtqueue(
+                GuestMemory([odd]),
+                SIZE,
+                0,
+                desc_uva=UVA,
+                avail_uva=UVA + 65536,
+                used_uva=UVA + 131072,
+            )
 
 
 @each_layout

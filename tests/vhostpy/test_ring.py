@@ -26,6 +26,7 @@ from tests.rings import (
 )
 from vhostpy._ring import ChainFault, DriverVirtqueue, Virtqueue, sizes_of
 from vhostpy.errors import ProtocolError
+from vhostpy.memory import GuestMemory
 
 BASES = [0, 1, 32767, 65530, 65535]
 
@@ -244,6 +245,10 @@ def test_with_event_idx_the_first_publish_of_each_life_calls(layout):
         assert exchange(rings) == 0
         rings.start(rings.device.base)
         assert exchange(rings) == 1
+        assert exchange(rings) == 0
+        rings.device.set_live(False)
+        rings.device.base = rings.device.base
+        assert exchange(rings) == 1
 
 
 @each_layout
@@ -419,9 +424,12 @@ def test_the_used_index_comes_from_the_ring_itself(layout):
         rings.start(65002)
         assert rings.device.used_index == 65000
         rings.guest.put_u16(USED + 2, 12)
+        rings.guest.put_u16(AVAIL + 2, 65003)
+        assert len(rings.device.take()) == 1
         rings.device.set_live(False)
         rings.device.base = 12
         assert (rings.device.base, rings.device.used_index) == (12, 12)
+        assert rings.device.inflight == 0
 
 
 @each_layout
@@ -453,6 +461,18 @@ def test_a_ring_goes_on_in_a_new_generation_of_memory(layout):
         assert [rings.device.read(taken) for taken in rest] == [b"\1", b"\2"]
         rings.device.give([(taken, 0) for taken in first + rest])
         assert [id for id, _ in rings.driver.used()] == [offer.id for offer in offers]
+
+
+@each_layout
+def test_memory_that_a_new_generation_lacks_is_memory_no_more(layout):
+    with Rings(layout) as rings:
+        rings.driver.add([(BORDER + 4096, 60)], [])
+        rings.driver.kick()
+        assert rings.device.take()[0].fault == ChainFault.CHAIN_OK
+        rings.device.put_back(1)
+        rings.device.set_live(False)
+        rings.device.remap(GuestMemory(rings.memory.regions[:1]))
+        assert rings.device.take()[0].fault == ChainFault.CHAIN_UNMAPPED
 
 
 @each_layout
@@ -532,17 +552,23 @@ def test_asking_for_kicks_is_logged(layout, event_idx):
         log = rings.log()
         rings.device.want_kicks()
         assert log.pages() == [page(USED + (4 + 8 * 1024 if event_idx else 0))]
+        log = rings.log()
+        rings.device.refuse_kicks()
+        assert log.pages() == ([] if event_idx else [page(USED)])
 
 
 @each_layout
 def test_used_entries_are_logged_across_the_rings_end(layout):
     with Rings(layout, size=2048, base=2040) as rings:
         log = rings.log()
-        for _ in range(16):
+        for _ in range(600):
             rings.driver.add([(BORDER, 60)], [])
         rings.driver.kick()
-        rings.device.give([(taken, 0) for taken in rings.device.take()])
-        ends = [USED, USED + 4 + 8 * 2040, USED + 4 + 8 * 2048 - 1]
+        while chains := rings.device.take():
+            rings.device.give([(taken, 0) for taken in chains], publish=False)
+        rings.device.publish_pushed()
+        entries = USED + 4
+        ends = [USED, entries + 8 * 591, entries + 8 * 2040, entries + 8 * 2048 - 1]
         assert log.pages() == [page(gpa) for gpa in ends]
 
 
@@ -566,8 +592,16 @@ def test_more_writes_than_the_log_collects_are_all_logged(layout):
 def test_a_log_that_was_taken_away_is_left_alone(layout):
     with Rings(layout) as rings:
         log = rings.log()
+        rings.driver.add([], [(BORDER + 4096, 60)])
+        rings.driver.kick()
+        (taken,) = rings.device.take()
+        rings.device.write(taken, b"before")
         rings.device.set_live(False)
         rings.device.set_log(None, None)
         rings.device.set_live(True)
+        before = sorted({page(USED), page(BORDER + 4096)})
+        assert log.pages() == before
+        rings.device.give([(taken, 6)])
+        assert len(rings.driver.used()) == 1
         rings.proves_itself()
-        assert log.pages() == []
+        assert log.pages() == before
