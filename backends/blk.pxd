@@ -26,6 +26,7 @@ cdef struct Slot           # private to blk.pyx: a request under way
 cdef enum:
     SERIAL_BYTES = 20
 
+
 @cython.final
 cdef class DiskQueue(Pollable):
     # One virtqueue of one disk.

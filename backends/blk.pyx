@@ -23,6 +23,7 @@ from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op
 import os
 
 from vhostpy._ring import ChainFault
+from vhostpy.backends.storage import _storage
 
 # virtio 1.3, "Block Device / Device Operation": type and status of a request.
 cdef enum:
@@ -253,7 +254,7 @@ cdef class DiskQueue(Pollable):
         cdef uint8_t *status
         cdef uint64_t status_gpa
         cdef uint8_t value = S_IOERR
-        cdef int count, used
+        cdef int used
         cdef Slot *slot
         turn.frames -= 1
         if unlikely(chain.fault != CHAIN_OK or chain.writable == 0):
@@ -607,7 +608,7 @@ cdef class DiskQueue(Pollable):
         """The first I/O error, in words."""
         if self.first_error == 0:
             return None
-        op = Op(self.first_error_op).name.lower()
+        op = _storage.Op(self.first_error_op).name.lower()
         return f"{op} at byte {self.first_error_offset}: {os.strerror(-self.first_error)}"
 
     def counters(self) -> dict:

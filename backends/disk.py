@@ -294,8 +294,12 @@ class Disk:
     def _tell_error(self, queue: DiskQueue) -> None:
         if queue.error is not None and not self._error_told:
             self._error_told = True
-            log.error("%s: %s: %s (further ones are only counted)", self.name, self.storage.name,
-                      queue.error)
+            log.error(
+                "%s: %s: %s (further ones are only counted)",
+                self.name,
+                self.storage.name,
+                queue.error,
+            )
 
     def _bury(self) -> None:
         """Lets go of stopped queues whose last request has come back."""

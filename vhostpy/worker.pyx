@@ -27,7 +27,7 @@ from posix.unistd cimport close, getpid, write
 
 from vhostpy._hw cimport (
     clock_ns, cpu_pause, fence_full, load_acquire_ptr, load_acquire_u32, load_acquire_u64,
-    read_once_u32, read_once_u64, store_fence_u64, store_release_ptr, store_release_u32,
+    read_once_u64, store_fence_u64, store_release_ptr, store_release_u32,
     store_release_u64, ticks, ticks_per_us, unlikely,
 )
 from vhostpy._ring cimport SCRATCH_SEGMENTS
@@ -538,8 +538,8 @@ cdef class Workers:
                 try:
                     home.watch_fd(fd, <uint64_t>serial << 32 | <uint32_t>slot)
                 except BaseException:
-                    for fd in fds[:i]:
-                        home.unwatch_fd(fd)
+                    for done in fds[:i]:
+                        home.unwatch_fd(done)
                     raise
             if slot == len(home.pollables):
                 home.pollables.append(pollable)

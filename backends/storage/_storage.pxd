@@ -19,8 +19,9 @@ cdef struct Request:
     # Owned by the caller, from submit() until poll() hands it back.
     uint64_t offset        # bytes
     uint64_t size          # bytes; for READ and WRITE the sum of the iovecs
-    iovec *iov             # guest memory; stays mapped while the request is under way.
-                           # Handed back as it was, whatever happens to it in between
+    # Guest memory; stays mapped while the request is under way. The list comes back as
+    # it was, whatever a storage does to it in between.
+    iovec *iov
     int32_t iov_count
     int32_t op             # Op
     int32_t flags

@@ -5,8 +5,8 @@ that may block its thread. Workers never wait: they put requests into one queue,
 channel has a list of those that are done.
 """
 cimport cython
-from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, errno
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.errno cimport EINTR, EINVAL, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, errno
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.signal cimport sigfillset, sigset_t
 from posix.stat cimport S_ISBLK, S_ISDIR, S_ISREG
@@ -388,8 +388,9 @@ cdef class FileChannel(Channel):
         pool.last = &burst[count - 1].next
         wake = min(pool.waiting, <uint32_t>count)
         pthread_mutex_unlock(&pool.lock)
-        for i in range(<int>wake):
+        while wake > 0:
             pthread_cond_signal(&pool.wanted)
+            wake -= 1
         return count
 
     cdef int poll(self, Request **done, int limit) noexcept nogil:

@@ -1,19 +1,23 @@
 """A RAM disk that answers when it is told to: a hung or failing server, for tests."""
 cimport cython
 from libc.errno cimport errno
-from libc.stdint cimport int32_t, uint32_t, uint64_t
-from posix.unistd cimport close, write
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+from posix.unistd cimport close
 
 from vhostpy._hw cimport load_acquire_u32, store_release_u32
 from vhostpy.backends.storage._storage cimport Channel, Request, Storage
 
 import os
 
+from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.ram import RamStorage
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int, int)
     int EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef enum:
+    PASSED = 64
 
 
 @cython.final
@@ -24,6 +28,8 @@ cdef class GateStorage(Storage):
     cdef int32_t failure
     cdef int capacity
     cdef list fds
+    cdef uint8_t ops[PASSED]    # what went through, in order
+    cdef int op_count
 
     def __init__(self, size: int, capacity: int = 1 << 30) -> None:
         self.inner = RamStorage(size)
@@ -48,6 +54,11 @@ cdef class GateStorage(Storage):
     def shut(self) -> None:
         """What comes waits from now on."""
         store_release_u32(&self.is_open, 0)
+
+    @property
+    def passed(self) -> list[str]:
+        """The first operations that went through, by name."""
+        return [Op(self.ops[i]).name for i in range(min(self.op_count, PASSED))]
 
     def fail(self, number: int) -> None:
         """What comes back says -`number`; 0: success."""
@@ -88,6 +99,9 @@ cdef class GateChannel(Channel):
             request = self.first
             self.first = request.next
             self.inner.submit(&request, 1)
+            if self.storage.op_count < PASSED:
+                self.storage.ops[self.storage.op_count] = <uint8_t>request.op
+                self.storage.op_count += 1
         self.last = &self.first
         count = self.inner.poll(done, limit)
         self.held -= count
