@@ -13,6 +13,7 @@ cdef enum:
 
 cdef struct Pair           # private to net.pyx
 
+
 @cython.final
 cdef class NetPort(Port):
     cdef Pair *pairs                 # pair_limit of them

@@ -15,7 +15,7 @@ import os
 import time
 
 cimport cython
-from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
+from libc.stdint cimport uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -182,7 +182,7 @@ cdef class ForwardingTable:
         """
         cdef uint32_t ports = self.ports_in_use + (self.port_counts[port] == 0)
         cdef uint32_t share = self.limit / ports
-        cdef int i
+        cdef int _i
         if self.port_counts[port] >= share:
             return False
         if (self.evict_from(self.bucket(key, 0), share)
@@ -190,7 +190,7 @@ cdef class ForwardingTable:
             return True
         if here:
             return False
-        for i in range(SEARCH_BUCKETS):
+        for _i in range(SEARCH_BUCKETS):
             self.hand = (self.hand + 1) & self.bucket_mask
             if self.evict_from(&self.table[self.hand * PLACES], share):
                 return True
@@ -238,8 +238,8 @@ cdef class ForwardingTable:
 
     cdef void sweep(self, uint64_t count) noexcept nogil:
         cdef Entry *entry
-        cdef uint64_t i
-        for i in range(count * PLACES):
+        cdef uint64_t _i
+        for _i in range(count * PLACES):
             entry = &self.table[self.swept]
             self.swept = (self.swept + 1) & (self.bucket_mask * PLACES + PLACES - 1)
             # The lock only where there is something to do: workers wait for it.

@@ -21,6 +21,7 @@ cdef struct PortTable:
     int attached           # that are no holes
     Place places[1]
 
+
 @cython.final
 cdef class Switch:
     cdef readonly object name
@@ -30,9 +31,10 @@ cdef class Switch:
     cdef readonly dict attached      # index -> Port
     cdef dict forwarders             # (port index, queue) -> Forwarder
     cdef dict injectors              # port index -> Forwarder of its Injector
-    cdef uint64_t full_wait_ticks
+    cdef readonly uint64_t full_wait_ticks
     cdef int publish(self) except -1
     cdef int close_injector(self, index) except -1
+
 
 @cython.final
 cdef class Forwarder(Pollable):

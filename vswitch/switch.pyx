@@ -20,7 +20,7 @@ from libc.string cimport memset
 from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_u64,
                           store_release_ptr, ticks, ticks_per_us, unlikely, write_once_u64)
 from vhostpy._port cimport DROPS, Drop, Frame, Port
-from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Scratch
+from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
 from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key
 from vhostpy.vswitch.injector cimport Injector

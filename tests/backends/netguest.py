@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from vhostpy._ring import DriverVirtqueue, Virtqueue
 from vhostpy._spec import Feature
@@ -70,10 +71,12 @@ class Guest:
         self._free = PAGE
         self.drivers: list[DriverVirtqueue] = []
         self.queues: list[Virtqueue] = []
+        self.places: list[list[int]] = []  # of each ring's descriptors, avail, used
         self.posted: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index in range(2 * pairs):
             kick_fd = kick_fds[index // 2] if index & 1 and kick_fds else -1
             places = [self.allocate(n, PAGE) for n in DriverVirtqueue.ring_bytes(size)]
+            self.places.append(places)
             names = ("desc", "avail", "used")
             gpas = {f"{name}_gpa": gpa for name, gpa in zip(names, places, strict=True)}
             uvas = {f"{name}_uva": UVA + gpa for name, gpa in zip(names, places, strict=True)}
@@ -130,7 +133,7 @@ class Guest:
         data = (bytes(self.header_size) if header is None else header) + data
         edges = sorted({0, len(data), *(cut for cut in cuts if 0 < cut < len(data))})
         readable = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             gpa = self.allocate(end - start)
             self.memory.write(gpa, data[start:end])
             readable.append((gpa, end - start))

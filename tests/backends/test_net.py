@@ -1,6 +1,7 @@
 """A net port by itself: frames out of a guest's rings and into them."""
 
 import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -221,7 +222,7 @@ def test_buffers_and_frames_may_be_in_pieces_of_any_size(features, sizes, pieces
     for tag, size in enumerate(sizes):
         edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
         whole = data(size, tag)
-        frames.append([whole[a:b] for a, b in zip(edges, edges[1:], strict=False)])
+        frames.append([whole[a:b] for a, b in pairwise(edges)])
     assert g.device.port.give(frames) == len(frames)
     assert g.received() == [data(size, tag) for tag, size in enumerate(sizes)]
 

@@ -1,0 +1,89 @@
+"""Moves the bytes of frames: snapshots out of a guest's memory, copies into another's.
+
+Inline, since all of it runs per frame. Decides nothing, and checks nothing: lengths and
+segments were checked by whoever calls.
+"""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from vhostpy._hw cimport (likely, read_once_u16, read_once_u32, read_once_u64, write_once_u16,
+                          write_once_u32, write_once_u64)
+from vhostpy._port cimport SNAPSHOT, Frame, NetHeader
+from vhostpy._ring cimport Chain
+from vhostpy.memory cimport Segment
+
+cdef struct Cursor:
+    # Where the next byte goes: in the writable segments of consecutive chains.
+    const Chain *chain
+    int segment
+    uint32_t offset
+
+
+cdef inline void store_header(uint8_t *to, const NetHeader *header, bint long_form,
+                              uint16_t buffers) noexcept nogil:
+    # Compared first: a line that holds the right bytes already, as it does when buffers
+    # are used again, need not be fetched for writing (9 to 59 cycles a packet at 64 B).
+    cdef uint64_t first = (<const uint64_t *>header)[0]
+    cdef uint32_t second = header.csum_offset | <uint32_t>buffers << 16
+    if read_once_u64(to) != first:
+        write_once_u64(to, first)
+    if long_form:
+        if read_once_u32(to + 8) != second:
+            write_once_u32(to + 8, second)
+    elif read_once_u16(to + 8) != header.csum_offset:
+        write_once_u16(to + 8, header.csum_offset)
+
+
+cdef inline void copy_rest(uint8_t *to, const uint8_t *source, uint32_t length) noexcept nogil:
+    # What follows the snapshot. Bytes 32..63 by themselves: the bulk then starts on a
+    # cache line wherever the frame does (1500 B: 527 -> 387..422 cycles).
+    if length >= 32:
+        memcpy(to, source, 32)
+        to += 32
+        source += 32
+        length -= 32
+    memcpy(to, source, length)
+
+
+cdef inline void copy_to(Cursor *cursor, const uint8_t *source, uint32_t length) noexcept nogil:
+    """Spreads bytes over the segments; their room was counted before."""
+    cdef const Segment *segment
+    cdef uint32_t step
+    while length:
+        if cursor.segment == <int>cursor.chain.readable + <int>cursor.chain.writable:
+            cursor.chain += 1
+            cursor.segment = cursor.chain.readable
+            cursor.offset = 0
+        segment = &cursor.chain.segments[cursor.segment]
+        step = min(length, segment.length - cursor.offset)
+        memcpy(segment.hva + cursor.offset, source, step)
+        source += step
+        length -= step
+        cursor.offset += step
+        if cursor.offset == segment.length:
+            cursor.segment += 1
+            cursor.offset = 0
+
+
+cdef inline void gather(uint8_t *to, const Segment *segments, uint32_t length) noexcept nogil:
+    """The first bytes of a frame that lie in several pieces."""
+    cdef uint32_t step
+    while length:
+        step = min(length, segments.length)
+        memcpy(to, segments.hva, step)
+        to += step
+        length -= step
+        segments += 1
+
+
+cdef inline void take_snapshot(Frame *frame) noexcept nogil:
+    # Loads that the compiler can't repeat: decisions look at the copy only.
+    cdef const uint8_t *start = frame.segments[0].hva
+    cdef uint64_t *head = <uint64_t *>frame.head
+    if likely(frame.segments[0].length >= SNAPSHOT):
+        head[0] = read_once_u64(start)
+        head[1] = read_once_u64(start + 8)
+        head[2] = read_once_u64(start + 16)
+        head[3] = read_once_u64(start + 24)
+    else:
+        memset(head, 0, SNAPSHOT)
+        gather(frame.head, frame.segments, min(frame.length, <uint32_t>SNAPSHOT))

@@ -1,0 +1,661 @@
+"""The switch between real rings: who gets a frame, in which order, and what is dropped."""
+
+import os
+import threading
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.backends.netguest import (
+    BROADCAST,
+    INDIRECT,
+    MODERN,
+    VERSION_1,
+    Guest,
+    frame,
+    mac,
+)
+from vhostpy.backends.netdevice import NetDevice
+from vhostpy.errors import ConfigError
+from vhostpy.vswitch.switch import Switch
+from vhostpy.worker import Workers
+
+STRANGER = mac(999)
+MULTICAST = b"\x33\x33\x00\x00\x00\x01"
+PATIENT_US = 1_000_000  # longer than any test takes
+
+
+class Net:
+    """A switch with guests on it; station i is behind guest i. Turns are taken by hand."""
+
+    def __init__(self, guests: int = 3, *, full_wait_us: int = PATIENT_US, **more) -> None:
+        self.switch = Switch(Workers(1), full_wait_us=full_wait_us)
+        self.guests = [
+            Guest(NetDevice(f"vu{i}", self.switch), **{"size": 256, **more}) for i in range(guests)
+        ]
+        for i in range(guests):
+            self.switch.fdb.seen(mac(i), i)
+
+    def __getitem__(self, i: int) -> Guest:
+        return self.guests[i]
+
+    def send(self, i: int, *frames: bytes) -> None:
+        for data in frames:
+            self[i].send(data)
+        self[i].kick()
+
+    def turn(self, i: int, **budget: int) -> int:
+        return self.switch.forwarder(self[i].device.port).turn(**budget)
+
+    def run(self, **budget: int) -> None:
+        """Turns until nothing is left to do."""
+        there = [i for i, g in enumerate(self.guests) if g.device.status()["rings_started"]]
+        while sum(self.turn(i, **budget) for i in there):
+            pass
+
+    def received(self) -> list[list[bytes]]:
+        return [g.received() for g in self.guests]
+
+    def drops(self) -> list[dict[str, int]]:
+        return [g.drops() for g in self.guests]
+
+
+def net(guests: int = 3, buffers: int = 200, **more) -> Net:
+    n = Net(guests, **more)
+    for g in n.guests:
+        if buffers:
+            g.post(2048, count=buffers)
+    return n
+
+
+# Who gets it -----------------------------------------------------------------------------
+
+
+def test_a_known_destination_gets_the_frame_alone():
+    n = net()
+    n.send(0, frame(mac(1), mac(0)))
+    n.run()
+    assert n.received() == [[], [frame(mac(1), mac(0))], []]
+    assert len(n[0].sent()) == 1
+    assert n.drops() == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("to", [STRANGER, BROADCAST, MULTICAST])
+def test_unknown_and_group_destinations_reach_all_others(to):
+    n = net()
+    n.send(1, frame(to, mac(1)))
+    n.run()
+    assert n.received() == [[frame(to, mac(1))], [], [frame(to, mac(1))]]
+
+
+def test_sources_are_learned():
+    n = net()
+    n.switch.fdb.flush()
+    n.send(2, frame(BROADCAST, STRANGER))
+    n.run()
+    n.received()
+    n.send(0, frame(STRANGER, mac(0)))
+    n.run()
+    assert n.received() == [[], [], [frame(STRANGER, mac(0))]]
+
+
+def test_a_station_that_moves_is_found_where_it_is():
+    n = net()
+    n.send(0, frame(mac(1), mac(0)))
+    n.run()
+    n.send(2, frame(BROADCAST, mac(1)))
+    n.run()
+    n.received()
+    n.send(0, frame(mac(1), mac(0)))
+    n.run()
+    assert n.received() == [[], [], [frame(mac(1), mac(0))]]
+
+
+def test_a_frame_for_its_own_port_is_not_reflected():
+    n = net()
+    n.switch.fdb.seen(STRANGER, 0)
+    n.send(0, frame(STRANGER, mac(0)), frame(mac(0), mac(0)))
+    n.run()
+    assert n.received() == [[], [], []]
+    assert n.drops() == [{"reflected": 2}, {}, {}]
+    assert len(n[0].sent()) == 2
+
+
+def test_a_group_address_as_source_is_dropped_and_not_learned():
+    n = net()
+    n.send(0, frame(mac(1), MULTICAST), frame(mac(1), BROADCAST))
+    n.run()
+    assert n.received() == [[], [], []]
+    assert n.drops()[0] == {"bad_source": 2}
+    assert len(n.switch.fdb.entries()) == 3
+
+
+def test_alone_in_the_switch_there_is_no_destination():
+    n = net(1)
+    n.send(0, frame(BROADCAST, mac(0)), frame(STRANGER, mac(0)))
+    n.run()
+    assert n.drops() == [{"no_destination": 2}]
+    assert len(n[0].sent()) == 2
+
+
+def test_frames_that_the_port_refuses_are_counted_under_its_reason():
+    n = net()
+    n.send(0, b"short", frame(mac(1), mac(0)), frame(mac(1), mac(0), 70000))
+    n[0].drivers[1].add([(1 << 40, 100)], [])
+    n.send(0, frame(mac(1), mac(0), 61))
+    n.run()
+    assert n[1].received() == [frame(mac(1), mac(0)), frame(mac(1), mac(0), 61)]
+    assert n.drops()[0] == {"too_short": 1, "too_long": 1, "bad_chain": 1}
+    assert n[0].counters()["unmapped"] == 1
+    assert len(n[0].sent()) == 5
+
+
+def test_a_disabled_sender_is_discarded_by_name():
+    n = net()
+    n[0].device.ring_enabled(1, False)
+    n.send(0, frame(mac(1), mac(0)))
+    n.run()
+    assert n.received() == [[], [], []]
+    assert n.drops()[0] == {"disabled": 1}
+    assert len(n[0].sent()) == 1
+
+
+def test_a_port_without_a_guest_drops_by_name():
+    n = net()
+    n[1].stop()
+    n.switch.fdb.seen(mac(1), 1)
+    n.send(0, frame(mac(1), mac(0)), frame(BROADCAST, mac(0)))
+    n.run()
+    assert n[2].received() == [frame(BROADCAST, mac(0))]
+    assert n.drops()[1] == {"receiver_down": 2}
+
+
+# Order and budget ----------------------------------------------------------------------
+
+
+def test_a_burst_to_several_ports_keeps_each_flows_order():
+    n = net(4)
+    frames = [frame(mac(1 + i % 3), mac(0), 60 + i, i) for i in range(60)]
+    n.send(0, *frames)
+    assert n.turn(0) == 60
+    assert n.received() == [[], frames[0::3], frames[1::3], frames[2::3]]
+
+
+@pytest.mark.parametrize("budget", [{"frames": 1}, {"size": 1}, {"frames": 3}, {"size": 300}])
+def test_a_flood_that_is_cut_short_goes_on_where_it_stopped(budget):
+    n = net(5)
+    frames = [frame(BROADCAST, mac(0), 60 + i, i) for i in range(10)]
+    n.send(0, *frames)
+    turns = 0
+    while n.turn(0, **budget):
+        turns += 1
+    assert n.received() == [[], frames, frames, frames, frames]
+    assert turns > 3
+    assert n.drops() == [{}] * 5
+
+
+def test_a_turn_spends_its_budget_and_no_more_than_a_port_beyond_it():
+    n = net(5)
+    n.send(0, *[frame(BROADCAST, mac(0), 60, i) for i in range(10)])
+    n.turn(0, frames=8)
+    assert sum(map(len, n.received())) == 8
+    n.turn(0, frames=8)
+    assert sum(map(len, n.received())) == 8
+    n.send(1, *[frame(mac(2), mac(1), 60, i) for i in range(10)])
+    n.turn(1, frames=4)
+    assert len(n[2].received()) == 4
+    n.turn(1, size=60 * 3)
+    assert len(n[2].received()) == 3
+
+
+def test_a_flood_under_way_is_flooded_on_though_its_destination_was_learned():
+    n = net(4)
+    n.send(0, frame(STRANGER, mac(0)))
+    n.turn(0, frames=1)
+    n.switch.fdb.seen(STRANGER, 1)
+    while n.turn(0, frames=1):
+        pass
+    assert n.received() == [[]] + [[frame(STRANGER, mac(0))]] * 3
+
+
+def test_a_flood_under_way_ends_when_its_sender_is_disabled():
+    n = net(4)
+    n.send(0, frame(BROADCAST, mac(0)))
+    n.turn(0, frames=1)
+    n[0].device.ring_enabled(1, False)
+    n.run()
+    assert sum(map(len, n.received())) == 1
+    assert n.drops()[0] == {"disabled": 1}
+    n[0].device.ring_enabled(1, True)
+    n.send(0, frame(BROADCAST, mac(0), 61))
+    n.run()
+    assert sum(map(len, n.received())) == 3
+
+
+# Receivers that are full ------------------------------------------------------------------
+
+
+def test_what_does_not_fit_waits_in_the_senders_ring():
+    n = net(buffers=0)
+    frames = [frame(mac(1), mac(0), 60, i) for i in range(6)]
+    n[1].post(2048, count=2)
+    n.send(0, *frames)
+    assert n.turn(0) > 0
+    assert n[1].received() == frames[:2]
+    n[1].post(2048, count=3)
+    n.turn(0)
+    assert n[1].received() == frames[2:5]
+    assert n.turn(0) > 0
+    n[1].post(2048)
+    n.run()
+    assert n[1].received() == frames[5:]
+    assert n.drops()[1] == {}
+    assert len(n[0].sent()) == 6
+
+
+def test_a_receiver_that_is_full_does_not_hold_up_others():
+    n = net(buffers=0)
+    n[2].post(2048, count=100)
+    frames = [frame(mac(1 + i % 2), mac(0), 60, i) for i in range(20)]
+    n.send(0, *frames)
+    n.turn(0)
+    assert n[2].received() == frames[1::2]
+    n.turn(0)
+    assert n[2].received() == []
+    n[1].post(2048, count=100)
+    n.run()
+    assert n[1].received() == frames[0::2]
+
+
+def wait_ticks(n: Net) -> int:
+    return n.switch.full_wait_ticks
+
+
+def test_what_waits_is_dropped_when_its_time_is_up_and_counted_at_the_receiver():
+    n = net(buffers=0, full_wait_us=100)
+    n.send(0, *[frame(mac(1), mac(0), 60, i) for i in range(3)])
+    assert n.turn(0, now=1000) == 3
+    assert n.turn(0, now=1000 + wait_ticks(n) - 1) == 3
+    assert n.drops()[1] == {}
+    n.turn(0, now=1000 + wait_ticks(n))
+    assert n.drops() == [{}, {"receiver_full": 3}, {}]
+    assert n.turn(0, now=1000 + wait_ticks(n)) == 0
+    assert len(n[0].sent()) == 3
+
+
+def test_a_receiver_that_took_nothing_gets_no_further_wait_until_it_does():
+    n = net(buffers=0, full_wait_us=100)
+    n.send(0, frame(mac(1), mac(0)))
+    n.turn(0, now=1000)
+    now = 1000 + wait_ticks(n)
+    n.turn(0, now=now)
+    for number in range(3):  # also from another sender
+        n.send(2 * (number % 2), frame(mac(1), mac(2 * (number % 2))))
+        n.turn(2 * (number % 2), now=now + 1)
+    assert n.drops()[1] == {"receiver_full": 4}
+    n[1].post(2048)
+    n.send(0, frame(mac(1), mac(0), 61), frame(mac(1), mac(0), 62))
+    assert n.turn(0, now=now + 2) == 2
+    assert n[1].received() == [frame(mac(1), mac(0), 61)]
+    assert n.drops()[1] == {"receiver_full": 4}, "it took one: the other may wait again"
+    n[1].post(2048)
+    n.turn(0, now=now + 3)
+    assert n[1].received() == [frame(mac(1), mac(0), 62)]
+
+
+def test_a_receiver_that_takes_a_little_all_the_time_makes_no_frame_wait_for_ever():
+    n = net(buffers=0, full_wait_us=100)
+    wait = wait_ticks(n)
+    frames = [frame(mac(1), mac(0), 60, i) for i in range(60)]
+    n.send(0, *frames)
+    for step in range(5):
+        n[1].post(2048)
+        n.turn(0, now=1000 + step * (wait // 2))
+    assert n[1].received() == frames[:3]
+    assert n.drops()[1] == {"receiver_full": 57}
+
+
+def test_copies_of_a_flood_never_wait():
+    n = net(buffers=0)
+    n[2].post(2048, count=10)
+    n.send(0, *[frame(BROADCAST, mac(0), 60, i) for i in range(4)])
+    n.run()
+    assert len(n[2].received()) == 4
+    assert n.drops() == [{}, {"receiver_full": 4}, {}]
+
+
+def test_without_a_wait_what_does_not_fit_is_dropped_at_once():
+    n = net(buffers=0, full_wait_us=0)
+    n.send(0, frame(mac(1), mac(0)))
+    n.turn(0)
+    assert n.drops()[1] == {"receiver_full": 1}
+    assert n.turn(0) == 0
+
+
+# Against a model ----------------------------------------------------------------------------
+
+SIZES = st.one_of(st.integers(20, 200), st.integers(20, 9000), st.sampled_from([65549, 65557]))
+SENT = st.tuples(
+    st.integers(0, 2),
+    st.sampled_from([0, 1, 2, "stranger", "all"]),
+    SIZES,
+    st.lists(st.integers(1, 300), max_size=6, unique=True),
+)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.lists(SENT, min_size=1, max_size=10)),
+        st.tuples(st.just("post"), st.integers(0, 2), st.integers(1, 5)),
+        st.tuples(st.just("turn"), st.integers(0, 2)),
+    ),
+    max_size=25,
+)
+BUDGETS = st.sampled_from(
+    [{}, {"frames": 1}, {"frames": 3}, {"size": 1}, {"size": 2000}, {"frames": 7, "size": 9000}]
+)
+
+
+class Model:
+    """What each station must have got: unicasts all and in order, floods in order."""
+
+    def __init__(self, n: Net) -> None:
+        self.net = n
+        self.tag = 0
+        self.unicasts: dict[tuple[int, int], list[bytes]] = {}
+        self.floods: dict[tuple[int, int, bytes], list[bytes]] = {}
+        self.arrived: list[list[bytes]] = [[] for _ in n.guests]
+        self.reflected: Counter[int] = Counter()
+
+    def send(self, source: int, to: int | str, size: int, cuts: list[int]) -> None:
+        self.tag += 1
+        address = {"stranger": STRANGER, "all": BROADCAST}.get(to) or mac(to)
+        data = frame(address, mac(source), size, self.tag)
+        self.net[source].send(data, cuts=cuts)
+        self.net[source].kick()
+        if to == source:
+            self.reflected[source] += 1
+        elif isinstance(to, int):
+            self.unicasts.setdefault((source, to), []).append(data)
+        else:
+            for other in range(len(self.net.guests)):
+                if other != source:
+                    self.floods.setdefault((source, other, address), []).append(data)
+
+    def collect(self) -> None:
+        for mine, new in zip(self.arrived, self.net.received(), strict=True):
+            mine += new
+
+    def check(self) -> None:
+        lost: Counter[int] = Counter()
+        for receiver, frames in enumerate(self.arrived):
+            for source in range(len(self.arrived)):
+                flow = [f for f in frames if f[:12] == mac(receiver) + mac(source)]
+                assert flow == self.unicasts.get((source, receiver), [])
+                for address in (STRANGER, BROADCAST):
+                    copies = [f for f in frames if f[:12] == address + mac(source)]
+                    expected = self.floods.get((source, receiver, address), [])
+                    remaining = iter(expected)
+                    assert all(copy in remaining for copy in copies), "order, and each once"
+                    lost[receiver] += len(expected) - len(copies)
+        for i, drops in enumerate(self.net.drops()):
+            expected_drops = {"reflected": self.reflected[i], "receiver_full": lost[i]}
+            assert drops == {name: count for name, count in expected_drops.items() if count}
+
+
+@pytest.mark.parametrize(
+    ("features", "buffer"),
+    [(MODERN, (2048,)), (MODERN, (300,)), (MODERN, (100, 500)), (VERSION_1 | INDIRECT, (66000,))],
+    ids=["mergeable", "small", "pieces", "whole"],
+)
+@given(steps=STEPS, budget=BUDGETS)
+def test_every_frame_arrives_once_in_order_or_is_counted(features, buffer, steps, budget):
+    n = Net(3, features=features, size=1024, memory_bytes=256 << 20)
+    model = Model(n)
+    for what, *arguments in steps:
+        if what == "send":
+            for sent in arguments[0]:
+                model.send(*sent)
+        elif what == "post":
+            n[arguments[0]].post(*buffer, count=arguments[1])
+        else:
+            n.turn(arguments[0], **budget)
+            model.collect()
+    # Then every receiver gets what it needs, and all is sent.
+    for _ in range(100_000):
+        for g in n.guests:
+            while g.drivers[0].free > 400:
+                g.post(*buffer)
+        busy = [n.turn(i, **budget) for i in range(3)]
+        model.collect()
+        if not any(busy):
+            break
+    model.check()
+    for g in n.guests:
+        g.sent()
+        assert g.drivers[1].free == 1024
+
+
+# Attaching, detaching, announcing -------------------------------------------------------------
+
+
+def test_a_detached_port_is_forgotten_and_its_place_given_again():
+    n = net(4)
+    n.send(0, frame(mac(1), mac(0)))
+    n.run()
+    n.received()
+    n[1].stop()
+    n[1].device.close()
+    assert [entry[2] for entry in n.switch.fdb.entries()].count(1) == 0
+    assert n[1].device.port.index == -1
+    n.send(0, frame(mac(1), mac(0)), frame(BROADCAST, mac(0)))
+    n.run()
+    flooded = [frame(mac(1), mac(0)), frame(BROADCAST, mac(0))]
+    assert n.received() == [[], [], flooded, flooded]
+    assert NetDevice("new", n.switch).port.index == 1
+
+
+def test_a_detached_port_takes_its_queues_along():
+    n = net(2)
+    n[0].device.close()
+    assert n.switch.status()["queue_count"] == 1
+    assert n.switch.status()["port_count"] == 1
+
+
+def test_a_port_is_attached_once_and_elsewhere_unknown():
+    n = net(1)
+    with pytest.raises(ValueError):
+        n.switch.attach(n[0].device.port)
+    with pytest.raises(ValueError):
+        Switch(Workers(1)).detach(n[0].device.port)
+    with pytest.raises(ValueError):
+        n.switch.open_queue(n[0].device.port, 0)
+
+
+def test_a_senseless_wait_is_refused():
+    with pytest.raises(ConfigError):
+        Switch(Workers(1), full_wait_us=-1)
+
+
+def test_an_announcement_reaches_the_others_and_is_learned():
+    n = net()
+    n.switch.fdb.flush()
+    n.switch.announce(n[1].device.port, STRANGER)
+    assert n.switch.injector(n[1].device.port).turn() == 1
+    first, mine, third = n.received()
+    assert first == third and len(first) == 1 and mine == []
+    rarp = first[0]
+    assert len(rarp) == 60
+    assert rarp[:14] == BROADCAST + STRANGER + b"\x80\x35"
+    assert rarp[14:42] == bytes.fromhex("0001 0800 0604 0003") + (STRANGER + bytes(4)) * 2
+    assert n.switch.fdb.port_behind(STRANGER) == 1
+    n.send(0, frame(STRANGER, mac(0)))
+    n.run()
+    assert n.received() == [[], [frame(STRANGER, mac(0))], []]
+
+
+def test_scapy_reads_an_announcement_as_reverse_arp():
+    from scapy.layers.l2 import ARP, Ether
+
+    from vhostpy.vswitch.injector import rarp_frame
+
+    packet = Ether(rarp_frame(STRANGER))
+    assert packet.type == 0x8035
+    arp = ARP(bytes(packet.payload))
+    assert (arp.op, arp.hwsrc, arp.hwdst) == (3, STRANGER.hex(":"), STRANGER.hex(":"))
+
+
+def test_announcements_beyond_what_is_kept_are_lost_and_no_more():
+    n = net(2)
+    for number in range(200):
+        n.switch.announce(n[0].device.port, mac(1000 + number))
+    while n.switch.injector(n[0].device.port).turn():
+        pass
+    assert len(n[1].received()) == 64
+    n.switch.announce(n[0].device.port, STRANGER)
+    assert n.switch.injector(n[0].device.port).turn() == 1
+
+
+@pytest.mark.parametrize("address", [BROADCAST, MULTICAST, b"\x02" * 5])
+def test_only_a_stations_address_can_be_announced(address):
+    n = net(1)
+    with pytest.raises(ValueError):
+        n.switch.announce(n[0].device.port, address)
+
+
+def test_status_is_plain_and_counts():
+    n = net(2)
+    n.send(0, frame(mac(1), mac(0)))
+    n.run()
+    status = n.switch.status()
+    assert (status["port_count"], status["queue_count"], status["fdb_entries"]) == (2, 2, 2)
+    assert status["ports"][1] == {"index": 1, "name": "vu1", "queues": [0]}
+
+
+# With worker threads -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 2], ids=["one_worker", "two_workers"])
+def workers(request):
+    w = Workers(request.param)
+    w.start()
+    yield w
+    w.stop()
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came in time"
+        time.sleep(0.001)
+
+
+def test_workers_forward_what_guests_send_to_each_other(workers):
+    switch = Switch(workers, full_wait_us=PATIENT_US)
+    kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
+    guests = [
+        Guest(NetDevice(f"vu{i}", switch), kick_fds=[kicks[i]], memory_bytes=512 << 20)
+        for i in range(2)
+    ]
+    for i in range(2):
+        switch.fdb.seen(mac(i), i)
+    total, sent = 3000, [0, 0]
+    got: list[list[bytes]] = [[], []]
+
+    def step() -> bool:
+        for i, g in enumerate(guests):
+            g.sent()
+            got[i] += g.received()
+            while g.drivers[0].free:
+                g.post(2048)
+            while sent[i] < total and g.drivers[1].free:
+                g.send(frame(mac(1 - i), mac(i), 60 + sent[i] % 1400, sent[i]))
+                sent[i] += 1
+            g.kick()
+        return len(got[0]) + len(got[1]) == 2 * total
+
+    until(step)
+    for i in range(2):
+        expected = [frame(mac(i), mac(1 - i), 60 + n % 1400, n) for n in range(total)]
+        assert got[i] == expected
+        assert guests[i].drops() == {}
+    for g in guests:
+        g.stop()
+    for fd in kicks:
+        os.close(fd)
+
+
+def test_a_kick_wakes_a_worker_that_sleeps_and_so_does_a_replaced_one(workers):
+    switch = Switch(workers)
+    kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
+    guests = [Guest(NetDevice(f"vu{i}", switch), kick_fds=[kicks[i]]) for i in range(2)]
+    guests[1].post(2048, count=10)
+    forwarder = switch.forwarder(guests[0].device.port)
+    got: list[bytes] = []
+    for number in range(2):
+        until(lambda: forwarder.is_parked)
+        guests[0].send(frame(BROADCAST, mac(0), 60 + number))
+        assert guests[0].drivers[1].kick() or number
+        if number:
+            os.eventfd_write(kicks[2], 1)
+        until(lambda n=number: got.extend(guests[1].received()) or len(got) == n + 1)
+        if not number:
+            guests[0].device.ring_kick(1, kicks[2])
+    assert got == [frame(BROADCAST, mac(0), 60), frame(BROADCAST, mac(0), 61)]
+    for g in guests:
+        g.stop()
+    for fd in kicks:
+        os.close(fd)
+
+
+def test_an_announcement_wakes_a_worker_that_sleeps(workers):
+    switch = Switch(workers)
+    guests = [
+        Guest(NetDevice(f"vu{i}", switch), kick_fds=[os.eventfd(0, os.EFD_NONBLOCK)])
+        for i in range(2)
+    ]
+    guests[1].post(2048, count=10)
+    for number in range(3):
+        switch.announce(guests[0].device.port, mac(100 + number))
+        got: list[bytes] = []
+        until(lambda g=got: g.extend(guests[1].received()) or bool(g))
+        assert got[0][6:12] == mac(100 + number)
+        until(lambda: switch.injector(guests[0].device.port).is_parked)
+
+
+def test_ports_come_and_go_while_workers_forward(workers):
+    switch = Switch(workers, full_wait_us=0)
+    sender = Guest(NetDevice("sender", switch), memory_bytes=512 << 20)
+    stay = Guest(NetDevice("stay", switch), memory_bytes=512 << 20)
+    switch.fdb.seen(mac(1), 1)
+    stop = threading.Event()
+    got: list[bytes] = []
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        sender.sent()
+        got.extend(stay.received())
+        while stay.drivers[0].free:
+            stay.post(2048)
+        while sender.drivers[1].free > 200:
+            sender.send(frame(mac(1), mac(0), 60, number))
+            sender.send(frame(BROADCAST, mac(0), 61, number))
+            number += 1
+        sender.kick()
+
+    for round_ in range(60):
+        guest = Guest(NetDevice(f"guest{round_}", switch), memory_bytes=4 << 20)
+        guest.post(2048, count=100)
+        step()
+        guest.received()
+        guest.stop()
+        step()
+        guest.device.close()
+    stop.set()
+    until(lambda: step() or len(got) > 500)
+    tags = [int.from_bytes(f[14:18], "big") for f in got if f[:6] == mac(1)]
+    assert tags == sorted(set(tags))
+    sender.stop()
+    stay.stop()
