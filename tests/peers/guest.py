@@ -148,8 +148,9 @@ class Guest:
     # --- network ------------------------------------------------------------------------
 
     def set_address(self, address: str, interface: str = "eth0") -> None:
-        """Brings an interface up with `address`, e.g. "10.0.0.1/24"."""
-        self.check(f"ip addr add {address} dev {interface} && ip link set {interface} up")
+        """Brings an interface up with `address`, e.g. "10.0.0.1/24", and no other."""
+        self.check(f"ip addr flush dev {interface} && ip addr add {address} dev {interface} && "
+                   f"ip link set {interface} up")
 
     # --- migration ----------------------------------------------------------------------
 

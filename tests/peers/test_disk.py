@@ -46,7 +46,9 @@ def assert_sound(image: Path) -> None:
 DISKS = {"qemu10": (qemu10, 1), "qemu10-4queues": (qemu10, 4), "qemu7": (qemu7, 1)}
 
 
-@pytest.fixture(scope="module", params=DISKS)
+@pytest.fixture(
+    scope="module",
+    params=["qemu10-4queues", "qemu7", pytest.param("qemu10", marks=pytest.mark.long)])
 def disk(request: pytest.FixtureRequest, directory: Path) -> Iterator[Disk]:
     make_qemu, queues = DISKS[request.param]
     qemu: Qemu = make_qemu()

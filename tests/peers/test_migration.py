@@ -26,7 +26,7 @@ def wait_lines(guest: Guest, path: str, count: int) -> None:
     guest.check(f"until [ $(wc -l < {path}) -ge {count} ]; do usleep 50000; done", timeout_s=30)
 
 
-@pytest.mark.parametrize("pairs", [1, 4])
+@pytest.mark.parametrize("pairs", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_guest_moves_while_it_pings(directory: Path, pairs: int) -> None:
     here = directory / f"net{pairs}"
     here.mkdir()
