@@ -152,6 +152,9 @@ class NetDevice:
             )
         self.switch.announce(self.port, mac)
 
+    def attend(self) -> None:
+        """Drops are counted, not logged: a guest could fill the log with them."""
+
     def status(self) -> dict[str, Any]:
         """Counters and state, for `status`."""
         return {

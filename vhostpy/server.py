@@ -202,6 +202,7 @@ class Connection:
 
     def look_after(self) -> None:
         """Called when a worker or a contained fault asks for attention."""
+        self.device.attend()
         try:
             self.plane.look_after()
         except VhostpyError as error:
