@@ -65,7 +65,8 @@ distclean: clean ## and .venv and .cache (QEMU 10, the guest kernel) too
 define compile
 	if [ "$$(cat .venv/.built 2>/dev/null)" = $(1) ]; then force=; else force=--force; fi; \
 	$(2) $(BUILD) $$force && \
-	{ [ -x .venv/bin/vhostpy ] || $(PYTHON) -m pip --disable-pip-version-check -q install \
-		--no-build-isolation --no-deps --editable .; } && \
+	{ [ -x .venv/bin/vhostpy ] || $(PYTHON) -m pip --disable-pip-version-check install \
+		--no-build-isolation --no-deps --editable . >.venv/install.log 2>&1 || \
+		{ cat .venv/install.log; exit 1; }; } && \
 	echo $(1) >.venv/.built
 endef
