@@ -297,6 +297,9 @@ class Session:
 
     def _add_mem_reg(self, message: Message) -> list[Effect]:
         region = message.payload.region
+        if self._find_region(region) is not None:
+            # QEMU before 8.0 adds, and removes, each region once for every queue pair.
+            return []
         regions = [*self.regions, region]
         if len(regions) > Limit.MEM_SLOTS_MAX:
             raise ProtocolError(
@@ -306,16 +309,19 @@ class Session:
         return self._replace_memory(regions, AddRegion(region, message.fds[0].move()))
 
     def _rem_mem_reg(self, message: Message) -> list[Effect]:
-        gone = message.payload.region
+        index = self._find_region(message.payload.region)
+        if index is None:
+            return []  # the pair before has removed it
+        region = self.regions[index]
+        rest = self.regions[:index] + self.regions[index + 1 :]
+        return self._replace_memory(rest, RemoveRegion(region))
+
+    def _find_region(self, wanted: MemoryRegion) -> int | None:
+        """Which of the regions it is. "The mmap offset is ignored.\""""
         for i, region in enumerate(self.regions):
-            # "The mmap offset is ignored."
-            if (region.gpa, region.size, region.uva) == (gone.gpa, gone.size, gone.uva):
-                rest = self.regions[:i] + self.regions[i + 1 :]
-                return self._replace_memory(rest, RemoveRegion(region))
-        raise Refused(
-            f"REM_MEM_REG: no region of {gone.size:#x} bytes at GPA {gone.gpa:#x}, "
-            f"UVA {gone.uva:#x}; there are {len(self.regions)}"
-        )
+            if (region.gpa, region.size, region.uva) == (wanted.gpa, wanted.size, wanted.uva):
+                return i
+        return None
 
     def _replace_memory(self, regions: list[MemoryRegion], effect: Effect) -> list[Effect]:
         """Rings that would lie in no region stop before and start again when they do."""

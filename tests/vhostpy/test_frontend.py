@@ -12,9 +12,9 @@ from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import Refused
 from vhostpy.fds import OwnedFd
-from vhostpy.frontend import UVA_BASE, FrontEnd
+from vhostpy.frontend import FrontEnd
 from vhostpy.memory import DirtyLog
-from vhostpy.payloads import MemoryRegion, VringState
+from vhostpy.payloads import VringState
 from vhostpy.protocol import FrontEndRequest, encode
 from vhostpy.server import Server
 from vhostpy.worker import Workers
@@ -131,8 +131,6 @@ def test_pages_that_the_disk_writes_are_logged_and_no_others(guest):
 
 
 def test_refusals_are_raised_and_the_session_goes_on(guest):
-    with pytest.raises(Refused, match="REM_MEM_REG"):
-        guest.rem_mem_reg(MemoryRegion(1 << 50, 4096, UVA_BASE, 0))
     with pytest.raises(Refused, match="GET_CONFIG"):
         guest.get_config(200, 100)
     with pytest.raises(Refused, match="SET_FEATURES"):
