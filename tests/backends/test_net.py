@@ -323,6 +323,7 @@ def test_a_bad_buffer_within_a_frame_takes_those_before_it_along():
     used = g.used()
     assert [length for _, length in used] == [0, 0, 500, 500, 1212 - 1000]
     assert b"".join(content for content, _ in used)[12:] == data(1200)
+    assert g.device.status()["queues"][0]["buffer_faults"]["unmapped"] == 1
 
 
 def test_nothing_but_bad_buffers_costs_a_bounded_time_and_drops_by_name():
