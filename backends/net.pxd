@@ -31,7 +31,8 @@ cdef class NetPort(Port):
     cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil
     cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil
     cdef void give_up(self, Pair *pair, int count) noexcept nogil
-    cdef bint pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil
+    cdef int nothing_more(self, Pair *pair, int count) noexcept nogil
+    cdef int pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil
     cdef void write_whole(self, uint8_t *to, const Frame *frame) noexcept nogil
     cdef void write(self, Pair *pair, const Frame *frame, int chains) noexcept nogil
     cdef void log(self, Pair *pair, int chains) noexcept nogil

@@ -264,15 +264,15 @@ cdef class NetPort(Port):
         go back to the guest with used length 0.
         """
         cdef uint64_t room = 0
-        cdef int count = 0
+        cdef int count = 0, more
         cdef Chain *chain
         while True:
-            if pair.next + count == pair.have and not self.pop_more(pair, wanted, count):
-                # All that there can ever be, and still too little: not worth a wait.
-                if count and (count == WINDOW or <uint32_t>count
-                              >= (<Virtqueue>pair.rx).size()):
-                    return REFUSED - Drop.DROP_BUFFER_TOO_SMALL
-                return FULL
+            if pair.next + count == pair.have:
+                more = self.pop_more(pair, wanted, count)
+                if unlikely(more < 0):
+                    return REFUSED - Drop.DROP_RECEIVER_DOWN
+                if more == 0:
+                    return self.nothing_more(pair, count)
             chain = &pair.chains[pair.next + count]
             if unlikely(chain.writable == 0):
                 # A frame's buffers have to be neighbours: those before it are lost too.
@@ -294,29 +294,36 @@ cdef class NetPort(Port):
                 self.give_up(pair, 1)
                 return REFUSED - Drop.DROP_BUFFER_TOO_SMALL
 
+    cdef int nothing_more(self, Pair *pair, int count) noexcept nogil:
+        """FULL, unless these are all that there can ever be: not worth a wait then."""
+        if count and (count == WINDOW or <uint32_t>count >= (<Virtqueue>pair.rx).size()):
+            return REFUSED - Drop.DROP_BUFFER_TOO_SMALL
+        return FULL
+
     cdef void give_up(self, Pair *pair, int count) noexcept nogil:
         memset(&pair.written[pair.next], 0, count * sizeof(uint32_t))
         pair.next += count
         pair.unusable += count
 
-    cdef bint pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil:
-        """Takes buffers: one for each frame to come, more once a frame needs several."""
+    cdef int pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil:
+        """Takes buffers: one for each frame to come, more once a frame needs several.
+        Returns how many; 0: none now; RING_BROKEN."""
         cdef int limit = min(max(wanted, 16) if chains else wanted, <int>BURST)
         cdef int count, i
         cdef Chain *chain
         limit = min(limit, WINDOW - pair.have)
         if limit <= 0:
-            return False
+            return 0
         chain = &pair.chains[pair.have]
         count = (<Virtqueue>pair.rx).pop(chain, limit, &pair.scratch)
         if count <= 0:
-            return False
+            return count
         pair.have += count
         # Their first lines only: to prefetch payload for writing costs 48 cycles.
         for i in range(count):
             if likely(chain[i].writable):
                 prefetch_write(chain[i].segments[chain[i].readable].hva)
-        return True
+        return count
 
     cdef void write_whole(self, uint8_t *to, const Frame *frame) noexcept nogil:
         """A frame in one piece, at least as long as the snapshot, to one piece."""

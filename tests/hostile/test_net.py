@@ -314,6 +314,8 @@ def test_a_ring_whose_index_jumps_is_left_alone(index):
     n.turns(n.hostile, 3)
     assert n.hostile.queues[index].broken
     assert raw.used_index == 0
+    # A receiver whose ring broke is down; one that posted no buffers is full.
+    assert n.hostile.drops() == {"receiver_full" if index else "receiver_down": 1}
     n.exchange()
 
 
