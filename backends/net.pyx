@@ -440,7 +440,8 @@ cdef class NetPort(Port):
         store_release_ptr(&pair.tx if index & 1 else &pair.rx, NULL)
         self.virtqueues[index] = None
         self.choose_receivers()
-        virtqueue.publish()
+        with nogil:      # it may call the driver, whose fd may block us for a while
+            virtqueue.publish()
         return virtqueue
 
     def enable(self, index: int, bint enabled) -> None:

@@ -13,13 +13,13 @@ cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
-from posix.unistd cimport write
 
 from vhostpy._hw cimport (
     fence_full, likely, load_acquire_u16, load_acquire_u32, prefetch_read, read_once_u8,
     read_once_u16, read_once_u32, read_once_u64, store_release_u16, store_release_u32,
     unlikely, write_once_u16, write_once_u64,
 )
+from vhostpy.notify cimport ask_for_a_look, signal_eventfd
 from vhostpy._spec cimport DescriptorFlag, Feature, Limit, RingFlag
 from vhostpy.memory cimport (
     TRANSLATE_FAULT, TRANSLATE_FULL, DirtyLog, GuestMemory, LogMap, MemoryMap, Segment,
@@ -75,7 +75,8 @@ cdef struct WorkerSide:
     uint32_t logged         # ranges collected
     uint32_t broken
     uint64_t calls          # written to call_fd
-    uint64_t padding[4]
+    uint64_t deaf           # call_fd blocks: it is not written to any more
+    uint64_t padding[3]
 
 cdef struct ControlSide:
     # Written by control while the ring is held.
@@ -146,15 +147,6 @@ cdef inline bint passed_event(uint16_t event, uint16_t new, uint16_t old) noexce
     return <uint16_t>(new - event - 1) < <uint16_t>(new - old)
 
 
-cdef inline void ring_eventfd(int fd) noexcept nogil:
-    # Whoever received the fd has made it O_NONBLOCK: a hostile counter is full, and the
-    # write fails. Any failure is the other end's own: it is the one who hears nothing.
-    cdef uint64_t one = 1
-    cdef ssize_t ignored
-    if fd >= 0:
-        ignored = write(fd, &one, 8)
-
-
 cdef inline Descriptor decode(uint64_t gpa, uint64_t rest) noexcept nogil:
     cdef Descriptor descriptor
     descriptor.gpa = gpa
@@ -197,9 +189,18 @@ cdef void log_collect(Ring *ring, uint64_t gpa, uint64_t length) noexcept nogil:
 
 
 cdef void call_driver(Ring *ring) noexcept nogil:
-    if ring.control.call_fd >= 0:
+    # Whoever received the fd has made it O_NONBLOCK: a hostile counter is full, and the
+    # write fails. Any failure is the other end's own: it is the one who hears nothing.
+    if ring.control.call_fd >= 0 and not ring.worker.deaf:
         ring.worker.calls += 1
-        ring_eventfd(ring.control.call_fd)
+        if unlikely(not signal_eventfd(ring.control.call_fd)):
+            ring.worker.deaf = 1
+            ask_for_a_look()
+
+
+cdef void break_ring(Ring *ring) noexcept nogil:
+    ring.worker.broken = 1
+    ask_for_a_look()
 
 
 # ---------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ cdef int split_look(Ring *ring) noexcept nogil:
     if ready == 0:
         return 0
     if unlikely(ready > ring.control.size):
-        ring.worker.broken = 1
+        break_ring(ring)
         return RING_BROKEN
     ring.worker.avail_idx = index
     # Whoever takes chains without having been woken needs no kicks: a receive queue is
@@ -410,7 +411,7 @@ cdef int split_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noexc
             prefetch_read(desc + DESCRIPTOR_SIZE * (head & mask))
         head = read_once_u16(entries + AVAIL_ENTRY * (last + i & mask))
         if unlikely(head >= size):
-            ring.worker.broken = 1       # nothing that could be given back
+            break_ring(ring)             # nothing that could be given back
             break
         # Masked against speculation: the check above decides too late for that.
         where = desc + DESCRIPTOR_SIZE * (head & mask)
@@ -660,6 +661,11 @@ cdef class Virtqueue:
         return self.ring.worker.broken != 0
 
     @property
+    def deaf(self) -> bool:
+        """The call fd blocks whoever writes to it: the driver is called no more."""
+        return self.ring.worker.deaf != 0
+
+    @property
     def used_index(self) -> int:
         return self.ring.worker.used_idx
 
@@ -703,11 +709,13 @@ cdef class Virtqueue:
         gone to the old one while nobody listened."""
         self._want_held()
         self.ring.control.call_fd = fd
-        call_driver(self.ring)
+        self.ring.worker.deaf = 0
+        self.notify()
 
     def notify(self) -> None:
         """Calls the driver, whether it asked for it or not."""
-        call_driver(self.ring)
+        with nogil:
+            call_driver(self.ring)
 
     def _want_held(self):
         if self.is_live():
@@ -1062,8 +1070,9 @@ cdef class DriverVirtqueue:
     def kick(self, *, bint force=False) -> bool:
         """Publishes what was added; kicks if the device asks for it, and says whether."""
         cdef bint wanted = self.publish() or force
-        if wanted:
-            ring_eventfd(self.ring.kick_fd)
+        if wanted and self.ring.kick_fd >= 0:
+            with nogil:
+                signal_eventfd(self.ring.kick_fd)
         return wanted
 
     def used(self) -> list:

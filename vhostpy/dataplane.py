@@ -18,6 +18,7 @@ from vhostpy.device import Device
 from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.fds import OwnedFd
 from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+from vhostpy.notify import signal_once
 from vhostpy.payloads import MemoryRegion
 from vhostpy.session import Session
 
@@ -103,14 +104,24 @@ class DataPlane:
         return None
 
     def look_after(self) -> None:
-        """Reports rings that broke; raises GuestError if guest memory is gone."""
+        """Reports rings that broke; raises GuestError if memory is gone or a fd blocks us."""
         for what, shared in (("guest memory", self.memory), ("the dirty log", self.log)):
             if shared is not None and shared.poisoned:
                 raise GuestError(
                     f"{self.device.name}: {what} was truncated or cannot be read",
                     "the front-end must not shrink memory that it shares; start it again",
                 )
+        if self.log is not None and self.log.poisoned:
+            raise GuestError(
+                f"{self.device.name}: the dirty log was truncated",
+                "the front-end must not shrink the log that it shares; start it again",
+            )
         for index, ring in self.rings.items():
+            if ring.virtqueue.deaf:
+                raise GuestError(
+                    f"{self.device.name}: ring {index}: its call fd blocks us",
+                    "the front-end must leave the eventfds that it sends non-blocking",
+                )
             if ring.virtqueue.broken and not ring.reported_broken:
                 ring.reported_broken = True
                 log.warning(
@@ -121,7 +132,7 @@ class DataPlane:
                 )
                 err = self.session.rings[index].err
                 if err is not None:
-                    _signal(err.fileno())
+                    signal_once(err.fileno())
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped for ever, and is logged."""
@@ -303,8 +314,3 @@ def _eventfd(fd: OwnedFd | None) -> int:
         raise ProtocolError(f"a kick, call or error fd must be an eventfd, not {kind}")
     os.set_blocking(number, False)
     return number
-
-
-def _signal(fd: int) -> None:
-    with contextlib.suppress(BlockingIOError, OSError):
-        os.eventfd_write(fd, 1)

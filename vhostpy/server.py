@@ -20,6 +20,7 @@ from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
 from vhostpy.effects import Effect, Reply, StopRing
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
+from vhostpy.notify import attention_fd
 from vhostpy.protocol import Decoder, Message, encode_reply
 from vhostpy.session import Session
 
@@ -207,7 +208,9 @@ class Connection:
             self.plane.look_after()
         except VhostpyError as error:
             if not self._failure.done():
-                self._failure.set_exception(error)
+                # Without the frames: a future and its exception keep each other, and guest
+                # memory with them, until the next garbage collection.
+                self._failure.set_exception(error.with_traceback(None))
 
     async def _read(self) -> None:
         decoder = Decoder()
@@ -273,7 +276,7 @@ class Connection:
 def _watch_workers(device: Device) -> None:
     """Has the running loop look after all sessions when a worker or a fault calls."""
     loop = asyncio.get_running_loop()
-    for fd in (memory.poison_fd(), device.workers.attention_fd):
+    for fd in (memory.poison_fd(), attention_fd(), device.workers.attention_fd):
         loop.add_reader(fd, _look_after_all, fd)
 
 

@@ -21,7 +21,7 @@ from libc.errno cimport errno
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from posix.signal cimport sigaction, sigaction_t, sigdelset, sigemptyset, sigfillset, sigset_t
+from posix.signal cimport sigdelset, sigfillset, sigset_t
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport close, getpid, write
 
@@ -30,6 +30,7 @@ from vhostpy._hw cimport (
     read_once_u64, store_fence_u64, store_release_ptr, store_release_u32,
     store_release_u64, ticks, ticks_per_us, unlikely,
 )
+from vhostpy.notify cimport interrupt_number, start_watchdog
 from vhostpy._ring cimport SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
 
@@ -56,7 +57,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int how, const sigset_t *new, sigset_t *old)
-    int SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGRTMIN
+    int SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
@@ -94,28 +95,15 @@ cdef struct Table:
 
 # --- What stops a worker that hangs ------------------------------------------------
 
-cdef void on_interrupt(int number) noexcept nogil:
-    pass
-
-
-cdef void install_interrupt() noexcept nogil:
-    # Without SA_RESTART: the blocked system call returns EINTR.
-    cdef sigaction_t action
-    memset(&action, 0, sizeof(action))
-    action.sa_handler = on_interrupt
-    sigemptyset(&action.sa_mask)
-    sigaction(SIGRTMIN + 5, &action, NULL)
-
-
 cdef void block_signals() noexcept nogil:
-    # Signals are the main thread's, but for faults and the interrupt above.
+    # Signals are the main thread's, but for faults and the interrupt.
     cdef sigset_t mask
     sigfillset(&mask)
     sigdelset(&mask, SIGBUS)
     sigdelset(&mask, SIGSEGV)
     sigdelset(&mask, SIGFPE)
     sigdelset(&mask, SIGILL)
-    sigdelset(&mask, SIGRTMIN + 5)
+    sigdelset(&mask, interrupt_number())
     pthread_sigmask(SIG_SETMASK, &mask, NULL)
 
 
@@ -364,7 +352,7 @@ cdef class Worker:
             if clock_ns() - since > STUCK_NS:
                 # A front-end can hand us a call fd that blocks. The write then
                 # returns EINTR, and the turn goes on.
-                syscall(SYS_tgkill, <long>getpid(), self.tid, <long>(SIGRTMIN + 5))
+                syscall(SYS_tgkill, <long>getpid(), self.tid, <long>interrupt_number())
                 since = clock_ns()
 
     cdef Table *new_table(self, uint32_t slots) except NULL:
@@ -485,7 +473,7 @@ cdef class Workers:
         cdef Worker worker
         if self.running:
             return
-        install_interrupt()
+        start_watchdog()
         self.pid = os.getpid()
         self.running = True
         started.add(self)

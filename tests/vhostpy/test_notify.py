@@ -1,0 +1,114 @@
+"""Eventfds that the other end makes block: whoever writes to one comes back soon."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from tests.rings import Rings, events
+from vhostpy import notify
+from vhostpy.worker import Workers
+
+FULL = 2**64 - 2
+DEADLINE_S = 10
+
+
+@pytest.fixture
+def fd():
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def workers():
+    workers = Workers()
+    workers.start()  # the watchdog is there from now on
+    yield workers
+    workers.stop()
+
+
+def within(limit_s, work):
+    """Runs it on a thread, so that a test that hangs ends."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    assert not thread.is_alive()
+
+
+def test_signal_arrives(fd):
+    assert notify.signal_once(fd)
+    assert notify.signal_once(fd)
+    assert os.eventfd_read(fd) == 2
+
+
+def test_control_does_not_write_to_a_full_eventfd(fd):
+    os.eventfd_write(fd, FULL)
+    within(DEADLINE_S, lambda: notify.signal_once(fd))
+    assert os.eventfd_read(fd) == FULL
+
+
+@pytest.mark.parametrize("again", range(2))
+def test_ring_whose_call_fd_blocks_is_deaf_and_asks_for_a_look(workers, fd, again):
+    with Rings(size=8) as rings:
+        device = rings.start(0, call_fd=fd)
+        os.eventfd_write(fd, FULL)
+        events(notify.attention_fd())
+        within(DEADLINE_S, device.notify)
+        assert device.deaf
+        assert events(notify.attention_fd()) >= 1
+        start = time.monotonic()
+        for _ in range(1000):
+            device.notify()  # not written to again
+        assert time.monotonic() - start < 1
+        device.set_live(False)
+        assert os.eventfd_read(fd) == FULL
+        device.set_call(fd)
+        assert not device.deaf
+        assert os.eventfd_read(fd) == 1
+
+
+def test_many_threads_that_hang_are_all_freed(workers):
+    fds = [os.eventfd(0) for _ in range(20)]
+    rings = [Rings(size=8) for _ in fds]
+    threads = []
+    for fd, ring in zip(fds, rings, strict=True):
+        os.eventfd_write(fd, FULL)
+        device = ring.start(0, call_fd=fd)
+        threads.append(threading.Thread(target=device.notify, daemon=True))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert all(ring.device.deaf for ring in rings)
+    for fd, ring in zip(fds, rings, strict=True):
+        os.close(fd)
+        ring.__exit__()
+
+
+@pytest.mark.parametrize("broken_by", ["index", "head"])
+def test_ring_that_breaks_asks_for_a_look(broken_by):
+    with Rings(size=8) as rings:
+        events(notify.attention_fd())
+        if broken_by == "index":
+            rings.guest.offer(jump=9)
+        else:
+            rings.guest.offer(8)
+        with pytest.raises(Exception, match="broken"):
+            rings.device.take()
+        assert events(notify.attention_fd()) == 1
+        with pytest.raises(Exception, match="broken"):
+            rings.device.take()
+        assert events(notify.attention_fd()) == 0  # once is enough
+
+
+def test_watchdog_is_one_thread_and_no_fd_however_many_workers(workers):
+    threads, fds = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        more = Workers()
+        more.start()
+        more.stop()
+    del more
+    assert len(os.listdir("/proc/self/task")) == threads
+    assert len(os.listdir("/proc/self/fd")) == fds
