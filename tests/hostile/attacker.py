@@ -1,0 +1,145 @@
+"""A front-end with its hands free: raw rings in its own memory, on a real socket."""
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+from tests.backends.netguest import BROADCAST, frame, mac
+from tests.hostile.victim import eventually
+from tests.rings import AVAIL, BORDER, DESC, GPA, USED, Guest
+from vhostpy._spec import Feature
+from vhostpy.fds import OwnedFd
+from vhostpy.frontend import FrontEnd, Queue
+
+EVERYTHING = (1 << 24) - 1
+FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.NET_MRG_RXBUF | 1 << Feature.INDIRECT_DESC
+LAYOUT = ((GPA, 2 << 20), (BORDER, 2 << 20))
+SIZE = 64
+GOOD = BORDER + 4096  # a buffer of a page
+STATUS = BORDER + 8192
+NEXT, WRITE, INDIRECT = 1, 2, 4
+
+
+def eventfd(value: int = 0, flags: int = os.EFD_NONBLOCK) -> OwnedFd:
+    return OwnedFd(os.eventfd(value, flags | os.EFD_CLOEXEC))
+
+
+class Attacker:
+    """A session up to memory, and one ring whose descriptors it writes itself.
+
+    `ring` has the tools of tests.rings; it lies at DESC, AVAIL and USED. `index` is the
+    ring's number: 1 is what a net device polls, 0 what a disk does.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        index: int = 0,
+        *,
+        size: int = SIZE,
+        features: int = FEATURES,
+        layout: tuple[tuple[int, int], ...] = LAYOUT,
+        start: bool = True,
+        base: int = 0,
+    ) -> None:
+        self.end = FrontEnd(path, timeout_s=20, layout=layout)
+        self.end.negotiate(features, EVERYTHING)
+        self.end.set_mem_table()
+        self.end.allocate(1 << 20)  # the raw ring's place
+        self.memory = self.end.memory
+        self.ring = Guest(self.memory, size)
+        self.index = index
+        self.queue: Queue = self.describe(index)
+        if start:
+            self.ring.put_u16(AVAIL + 2, base)
+            self.ring.put_u16(USED + 2, base)
+            self.start(base)
+
+    def describe(self, index: int) -> Queue:
+        """Ring `index` at the raw ring's place."""
+        none: list[OwnedFd] = [eventfd() for _ in range(3)]
+        where = (DESC, AVAIL, USED)
+        features = self.end.features
+        queue = Queue(index, self.ring.size, features, *where, None, *none)  # type: ignore[arg-type]
+        self.end.queues[index] = queue
+        return queue
+
+    def start(self, base: int = 0) -> None:
+        self.end.announce(self.queue, base=base)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end.close()
+
+    def kick(self) -> None:
+        assert self.queue.kick is not None
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self.queue.kick.fileno(), 1)
+
+    def offer(self, *heads: int, jump: int = 0) -> None:
+        self.ring.offer(*heads, jump=jump)
+        self.kick()
+
+    def comes_back(self, count: int = 1, deadline_s: float = 20) -> list[tuple[int, int]]:
+        """Offers are answered: the used entries of the next `count` chains."""
+        start = getattr(self, "taken", 0)
+        eventually(
+            lambda: (self.ring.used_idx - start) % 65536 >= count, "a used entry", deadline_s
+        )
+        self.taken = (start + count) % 65536
+        return [self.ring.used(start + i) for i in range(count)]
+
+    # Good behaviour, to see that all is well -------------------------------------------
+
+    def request(self, kind: int = 1, sector: int = 0, data: bytes = bytes(512)) -> int:
+        """A good disk request at the table's end; its status."""
+        last = self.ring.size - 1
+        self.memory.write(STATUS, struct.pack("<IIQ", kind, 0, sector))
+        self.memory.write(STATUS + 16, b"\xee")
+        self.memory.write(GOOD, data)
+        self.ring.descriptor(last, STATUS, 16, NEXT, last - 1)
+        self.ring.descriptor(last - 1, GOOD, len(data), NEXT | (0 if kind else WRITE), last - 2)
+        self.ring.descriptor(last - 2, STATUS + 16, 1, WRITE)
+        self.offer(last)
+        assert self.comes_back()[0][0] == last
+        return self.memory.read(STATUS + 16, 1)[0]
+
+    def send(self, source: int = 0xBAD, to: bytes = BROADCAST, size: int = 60) -> None:
+        """A good frame from the table's end; taken when this returns."""
+        last = self.ring.size - 1
+        data = bytes(12) + frame(to, mac(source), size)
+        self.memory.write(GOOD, data)
+        self.ring.descriptor(last, GOOD, len(data))
+        self.offer(last)
+        assert self.comes_back() == [(last, 0)]
+
+
+@contextlib.contextmanager
+def meanwhile(*works: Callable[[], None]) -> Iterator[None]:
+    """Does each of `works` again and again, on threads, while the block runs."""
+    stop = threading.Event()
+
+    def repeat(work: Callable[[], None]) -> None:
+        while not stop.is_set():
+            work()
+
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

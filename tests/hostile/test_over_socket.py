@@ -1,0 +1,704 @@
+"""Rings, chains and notifications of hostile guests, over sockets beside the innocent.
+
+Each line of attacks has its test at the module's level elsewhere: rings in test_rings.py,
+devices in test_net.py and test_blk.py. Here they meet a process that serves others too:
+two guests that exchange frames and one that uses a disk, who must not notice.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.backends.netguest import BROADCAST, frame, mac
+from tests.hostile.attacker import (
+    FEATURES,
+    GOOD,
+    INDIRECT,
+    NEXT,
+    SIZE,
+    STATUS,
+    WRITE,
+    Attacker,
+    eventfd,
+    meanwhile,
+)
+from tests.hostile.conftest import place_of
+from tests.hostile.victim import eventually
+from tests.rings import AVAIL, BORDER, END, GPA, TABLES, USED, Guest
+from vhostpy._spec import Feature
+from vhostpy.frontend import FrontEnd
+from vhostpy.payloads import U64, VringFile, VringState
+from vhostpy.protocol import FrontEndRequest as R
+from vhostpy.protocol import encode
+
+EVENT_IDX = 1 << Feature.EVENT_IDX
+QUEUES = {"net": ("bad0", 1), "blk": ("badram", 0)}
+each_device = pytest.mark.parametrize("kind", ["net", "blk"])
+
+
+def proves_itself(attacker: Attacker, kind: str) -> None:
+    """What is good still works on the attacker's own ring."""
+    if kind == "net":
+        attacker.send()
+    else:
+        assert attacker.request() == 0
+
+
+# Chains ------------------------------------------------------------------------------------
+
+
+def chain(*descriptors: tuple[int, int, int, int], table: tuple = ()) -> Callable[[Guest], None]:
+    """Descriptors (address, length, flags, next) from 0 on, and those of an indirect table."""
+
+    def build(ring: Guest) -> None:
+        for i, descriptor in enumerate(descriptors):
+            ring.descriptor(i, *descriptor)
+        for i, descriptor in enumerate(table):
+            ring.descriptor(i, *descriptor, table=TABLES)
+
+    return build
+
+
+def loop_of_all(ring: Guest) -> None:
+    for i in range(SIZE - 3):
+        ring.descriptor(i, GOOD, 8, NEXT, (i + 1) % (SIZE - 3))
+
+
+def tiny_ones_up_to_64_kib(ring: Guest) -> None:
+    """65,536 bytes in an indirect table of 4,096 descriptors; beyond what a chain may have."""
+    for i in range(4096):
+        ring.descriptor(i, GOOD, 16, NEXT, i + 1, table=TABLES)
+    ring.descriptor(0, TABLES, 16 * 4096, INDIRECT)
+
+
+BAD_CHAINS = {
+    "CVE-2018-1059: begins in memory, ends outside": ("unmapped", chain((END - 8, 16, 0, 0))),
+    "outside memory": ("unmapped", chain((0, 8, 0, 0))),
+    "wraps at 2**64": ("unmapped", chain((2**64 - 8, 16, 0, 0))),
+    "4 GiB long": ("unmapped", chain((GPA, 0xFFFFFFFF, 0, 0))),
+    "CVE-2020-10725: zero length": ("zero_length", chain((GOOD, 0, 0, 0))),
+    "CVE-2020-10725: zero length behind a good one": (
+        "zero_length",
+        chain((GOOD, 64, NEXT, 1), (GOOD, 0, 0, 0)),
+    ),
+    "loop of one": ("too_long", chain((GOOD, 8, NEXT, 0))),
+    "loop of all": ("too_long", loop_of_all),
+    "next beyond the ring": ("bad_index", chain((GOOD, 8, NEXT, SIZE))),
+    "next of 65535": ("bad_index", chain((GOOD, 8, NEXT, 65535))),
+    "readable behind writable": ("bad_order", chain((GOOD, 64, NEXT | WRITE, 1), (GOOD, 8, 0, 0))),
+    "indirect: of 0 entries": ("bad_indirect", chain((TABLES, 0, INDIRECT, 0))),
+    "indirect: 17 bytes": ("bad_indirect", chain((TABLES, 17, INDIRECT, 0))),
+    "indirect: with NEXT": ("bad_indirect", chain((TABLES, 16, INDIRECT | NEXT, 1))),
+    "indirect in indirect": (
+        "bad_indirect",
+        chain((TABLES, 16, INDIRECT, 0), table=((TABLES, 16, INDIRECT, 0),)),
+    ),
+    "indirect: outside memory": ("unmapped", chain((0, 32, INDIRECT, 0))),
+    "indirect: ends outside memory": (
+        "unmapped",
+        lambda ring: (
+            ring.descriptor(0, GOOD, 8, NEXT, 1, table=END - 16),
+            ring.descriptor(0, END - 16, 32, INDIRECT),
+        ),
+    ),
+    "indirect: table across two regions, its second half bad": (
+        "unmapped",
+        lambda ring: (
+            ring.descriptor(0, GOOD, 8, NEXT, 1, table=BORDER - 24),
+            ring.descriptor(1, 0, 8, table=BORDER - 24),
+            ring.descriptor(0, BORDER - 24, 32, INDIRECT),
+        ),
+    ),
+    "indirect: loop": (
+        "too_long",
+        chain((TABLES, 32, INDIRECT, 0), table=((GOOD, 8, NEXT, 1), (GOOD, 8, NEXT, 0))),
+    ),
+    "indirect: next beyond its table": (
+        "bad_index",
+        chain((TABLES, 32, INDIRECT, 0), table=((GOOD, 8, NEXT, 2), (GOOD, 8, 0, 0))),
+    ),
+    "indirect: 2**28 - 1 entries": ("too_long", chain((TABLES, 0xFFFFFFF0, INDIRECT, 0))),
+    "64 KiB of tiny descriptors": ("too_long", tiny_ones_up_to_64_kib),
+}
+
+
+@each_device
+@pytest.mark.parametrize(("fault", "build"), BAD_CHAINS.values(), ids=BAD_CHAINS.keys())
+def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, fault, build):
+    name, index = QUEUES[kind]
+    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+        before = place.victim.counters(name)
+        build(attacker.ring)
+        attacker.offer(*[0] * 40)
+        assert attacker.comes_back(40) == [(0, 0)] * 40
+        proves_itself(attacker, kind)
+        after = place.victim.counters(name)
+        assert after[f"chain_faults.{fault}"] == before[f"chain_faults.{fault}"] + 40
+        if kind == "net":
+            assert after["drops.bad_chain"] == before["drops.bad_chain"] + 40
+
+
+@pytest.mark.parametrize(("fault", "build"), BAD_CHAINS.values(), ids=BAD_CHAINS.keys())
+def test_bad_receive_buffer_comes_back_and_is_counted_by_name(place, fault, build):
+    def writable(ring: Guest) -> None:
+        build(ring)
+        for table, count in ((GPA, SIZE), (TABLES, 4096), (END - 16, 1), (BORDER - 24, 2)):
+            for at in range(table, table + 16 * count, 16):
+                flags = ring.u16(at + 12)
+                alone = at == GPA or table in (END - 16, BORDER - 24)
+                if (flags and not flags & INDIRECT) or alone:
+                    ring.put_u16(at + 12, flags | WRITE)
+
+    with (
+        place.unnoticed(),
+        Attacker(place.path("bad0"), 0) as receiver,
+        Attacker(place.path("bad1"), 1) as sender,
+    ):
+        before = place.victim.counters("bad0")
+        if fault == "bad_order":
+            build(receiver.ring)
+        else:
+            writable(receiver.ring)
+        receiver.offer(0, 0)
+        # Nobody knows that address: the frame is flooded to all, the innocent too.
+        sender.send(to=mac(0xFFFF))
+        assert receiver.comes_back(2) == [(0, 0)] * 2
+        after = place.victim.counters("bad0")
+        assert after[f"buffer_faults.{fault}"] == before[f"buffer_faults.{fault}"] + 2
+
+
+def test_header_over_many_descriptors_and_frames_shorter_than_it(place):
+    """CVE-2022-2132: a chain shorter than the header, or the header over many pieces."""
+    with place.unnoticed(), Attacker(place.path("bad0"), 1) as attacker:
+        before = place.victim.counters("bad0")
+        for length in (1, 11, 12, 13, 25):
+            attacker.ring.descriptor(0, GOOD, length)
+            attacker.offer(0)
+        for i in range(26):
+            more = NEXT if i < 25 else 0
+            attacker.ring.descriptor(i + 1, GOOD + i, 1, more, i + 2)
+        attacker.offer(1)
+        attacker.comes_back(6)
+        after = place.victim.counters("bad0")
+        assert after["drops.too_short"] == before["drops.too_short"] + 5
+        assert after["from_guest_bytes"] == before["from_guest_bytes"] + 14
+        attacker.ring.descriptor(0, GPA, 70000)
+        attacker.offer(0)
+        attacker.comes_back()
+        assert place.victim.counters("bad0")["drops.too_long"] == before["drops.too_long"] + 1
+
+
+def test_headers_of_offloads_that_nobody_negotiated(place):
+    """CVE-2024-11614, GSO: what the header says means nothing, and arrives nowhere."""
+    with (
+        place.unnoticed(),
+        Attacker(place.path("bad0"), 0) as receiver,
+        Attacker(place.path("bad1"), 1) as sender,
+    ):
+        headers = [
+            struct.pack("<BBHHHHH", flags, gso, 65535, size, 65535, 65535, 65535)
+            for flags in (0, 1, 255)
+            for gso in (0, 1, 3, 4, 0x81, 255)
+            for size in (0, 1, 65535)
+        ]
+        for i in range(len(headers)):
+            receiver.ring.descriptor(i, GOOD + 4096 * (i + 1), 2048, WRITE)
+        receiver.offer(*range(len(headers)))
+        for header in headers:
+            data = header + frame(mac(0xFFFF), mac(0xBAD), 200)
+            sender.memory.write(GOOD, data)
+            sender.ring.descriptor(0, GOOD, len(data))
+            sender.offer(0)
+            sender.comes_back()
+        for head, length in receiver.comes_back(len(headers)):
+            assert length == 12 + 200
+            header = receiver.memory.read(GOOD + 4096 * (head + 1), 12)
+            assert header == bytes(10) + b"\1\0"
+
+
+# Requests ----------------------------------------------------------------------------------
+
+TOP = 2**64 // 512
+CAPACITY = (4 << 20) // 512
+BAD_REQUESTS = {
+    # kind, sector, bytes of data, whether they are writable: the status
+    "read past the end": (0, CAPACITY, 512, 1, 1),
+    "write past the end": (1, CAPACITY - 1, 1024, 0, 1),
+    "wraps in sectors": (1, 2**64 - 1, 1024, 0, 1),
+    "wraps in bytes": (1, TOP, 512, 0, 1),
+    "wraps in bytes to the start": (0, TOP + 1, 512, 1, 1),
+    "no multiple of 512": (1, 0, 511, 0, 1),
+    "unknown type": (99, 0, 512, 0, 2),
+    "type of 2**32 - 1": (2**32 - 1, 0, 512, 1, 2),
+    "discard of no range": (11, 0, 8, 0, 1),
+    "discard of too many ranges": (11, 0, 16 * 33, 0, 1),
+    "write-zeroes with unknown flags": (13, 0, 16, 0, 2),
+    "read into nothing but a status": (0, 0, 0, 1, 0),
+}
+
+
+@pytest.mark.parametrize("disk", ["badram", "badfile"])
+@pytest.mark.parametrize(
+    ("kind", "sector", "size", "writable", "status"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys()
+)
+def test_bad_request_gets_its_status_and_touches_nothing(
+    place, disk, kind, sector, size, writable, status
+):
+    with place.unnoticed(), Attacker(place.path(disk)) as attacker:
+        marks = os.urandom(512)
+        for where in (0, CAPACITY - 1):
+            assert attacker.request(1, where, marks) == 0
+        attacker.memory.write(GOOD, b"\xff" * 4096)
+        attacker.memory.write(STATUS, struct.pack("<IIQ", kind, 0, sector) + b"\xee" * 2)
+        ring = attacker.ring
+        ring.descriptor(0, STATUS, 16, NEXT, 1 if size else 2)
+        ring.descriptor(1, GOOD, size, NEXT | writable * WRITE, 2)
+        ring.descriptor(2, STATUS + 16, 1, WRITE)
+        attacker.offer(0)
+        assert attacker.comes_back() == [(0, 1)]
+        assert attacker.memory.read(STATUS + 16, 2) == bytes([status, 0xEE])
+        assert attacker.memory.read(GOOD, 4096) == b"\xff" * 4096
+        for where in (0, CAPACITY - 1):
+            assert attacker.request(0, where, bytes(512)) == 0
+            assert attacker.memory.read(GOOD, 512) == marks
+
+
+def test_requests_without_a_status_or_a_header_come_back(place):
+    with place.unnoticed(), Attacker(place.path("badram")) as attacker:
+        before = place.victim.counters("badram")
+        attacker.ring.descriptor(0, GOOD, 16)  # no status
+        attacker.ring.descriptor(1, GOOD, 15, NEXT, 2)  # a header too short
+        attacker.ring.descriptor(2, STATUS, 1, WRITE)
+        attacker.ring.descriptor(3, STATUS, 1, WRITE)  # none at all
+        attacker.offer(0, 1, 3)
+        assert attacker.comes_back(3) == [(0, 0), (1, 1), (3, 1)]
+        after = place.victim.counters("badram")
+        assert after["bad_chains"] == before["bad_chains"] + 1
+        assert after["bad_requests"] == before["bad_requests"] + 2
+        assert attacker.memory.read(STATUS, 2) == b"\1\0"
+
+
+def test_get_id_into_a_short_buffer_writes_no_byte_beyond(place):
+    with place.unnoticed(), Attacker(place.path("badram")) as attacker:
+        attacker.memory.write(GOOD, b"\xff" * 64)
+        attacker.memory.write(STATUS, struct.pack("<IIQ", 8, 0, 0))
+        attacker.ring.descriptor(0, STATUS, 16, NEXT, 1)
+        attacker.ring.descriptor(1, GOOD, 3, NEXT | WRITE, 2)
+        attacker.ring.descriptor(2, STATUS + 16, 1, WRITE)
+        attacker.offer(0)
+        assert attacker.comes_back() == [(0, 4)]
+        assert attacker.memory.read(GOOD, 64) == bytes(3) + b"\xff" * 61
+
+
+# Indexes -----------------------------------------------------------------------------------
+
+
+@each_device
+@pytest.mark.parametrize("jump", [SIZE + 1, 32768, 65535])
+def test_index_that_jumps_breaks_its_ring_and_raises_the_error_event(place, kind, jump):
+    name, index = QUEUES[kind]
+    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+        proves_itself(attacker, kind)
+        attacker.offer(jump=jump)
+        assert attacker.queue.wait_err()
+        place.innocent.goes_on()
+        # It lives again, started anew at the same place.
+        base = attacker.end.stop_queue(index)
+        attacker.ring.put_u16(AVAIL + 2, base)
+        attacker.start(base)
+        proves_itself(attacker, kind)
+
+
+def test_receive_ring_whose_index_jumps_raises_the_error_event(place):
+    with (
+        place.unnoticed(),
+        Attacker(place.path("bad0"), 0) as receiver,
+        Attacker(place.path("bad1"), 1) as sender,
+    ):
+        receiver.offer(jump=SIZE + 1)
+        sender.send(to=mac(0xFFFF))
+        assert receiver.queue.wait_err()
+        for _ in range(3):
+            sender.send(to=mac(0xFFFF))
+
+
+@each_device
+@pytest.mark.parametrize("head", [SIZE, 65535])
+def test_head_beyond_the_table_breaks_its_ring(place, kind, head):
+    name, index = QUEUES[kind]
+    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+        attacker.offer(head)
+        assert attacker.queue.wait_err()
+
+
+@each_device
+def test_indexes_that_jump_about_while_the_ring_is_polled(place, kind):
+    name, index = QUEUES[kind]
+    dice = random.Random(2)
+    with place.unnoticed(), Attacker(place.path(name), index, features=FEATURES) as attacker:
+        for _ in range(200):
+            for _ in range(5):
+                attacker.ring.put_u16(AVAIL + 2, dice.choice([0, 1, 63, 64, 65, 32767, 65535]))
+                attacker.ring.put_u16(USED + 2, dice.randrange(65536))
+                attacker.kick()
+            base = attacker.end.stop_queue(index)
+            attacker.start((base + dice.choice([0, 1, 32768])) % 65536)
+
+
+# What changes between two looks ------------------------------------------------------------
+
+
+@each_device
+def test_descriptors_that_change_while_they_are_read(place, kind):
+    """Double fetch: length, address, flags and next flip all the while."""
+    name, index = QUEUES[kind]
+    with place.unnoticed(), Attacker(place.path(name), index, features=FEATURES) as attacker:
+        memory = attacker.memory
+        memory.write(STATUS, struct.pack("<IIQ", 1, 0, 0))
+        good = [
+            struct.pack("<QIHH", STATUS, 16, NEXT, 1),
+            struct.pack("<QIHH", GOOD, 512, NEXT, 2),
+            struct.pack("<QIHH", STATUS + 16, 1, WRITE, 0),
+        ]
+        bad = [
+            struct.pack("<QIHH", 2**64 - 16, 0xFFFFFFFF, NEXT, 1),
+            struct.pack("<QIHH", END - 8, 4096, NEXT | WRITE, 0),
+            struct.pack("<QIHH", 0, 1, INDIRECT, 65535),
+        ]
+        flips = itertools.cycle([*enumerate(good), *enumerate(bad)])
+
+        def flip() -> None:
+            for _ in range(100):
+                at, data = next(flips)
+                memory.write(GPA + 16 * at, data)
+
+        total = 0
+        with meanwhile(flip):
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                attacker.offer(*[0] * 32)
+                used = attacker.comes_back(32)
+                assert {head for head, _ in used} == {0}
+                total += 32
+        assert total > 100
+        proves_itself(attacker, kind)
+
+
+def test_frame_that_changes_between_the_lookup_and_the_copy(place):
+    """TOCTOU: a frame goes where its destination says that it shows there.
+
+    The innocent one's buffers are full of them at times.
+    """
+    with (
+        place.unnoticed(may_lose=True),
+        Attacker(place.path("bad0"), 0, size=256) as receiver,
+        Attacker(place.path("bad1"), 1) as sender,
+    ):
+        # The other one's address is known: frames for 0xFFFF are flooded, these are not.
+        innocent = frame(mac(0xA0), mac(0xBAD), 60)
+        mine = frame(mac(0xFFFF), mac(0xBAD), 60)
+        sender.ring.descriptor(0, GOOD, 72)
+        flips = itertools.cycle([innocent[:6], mine[:6]])
+        sender.memory.write(GOOD + 12, innocent)
+
+        def flip() -> None:
+            for _ in range(200):
+                sender.memory.write(GOOD + 12, next(flips))
+
+        for i in range(256):
+            receiver.ring.descriptor(i, GOOD + 2048 * i, 2048, WRITE)
+        receiver.offer(*range(256))
+        arrived = 0
+        with meanwhile(flip):
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                sender.offer(*[0] * 32)
+                sender.comes_back(32)
+                new = (receiver.ring.used_idx - arrived) % 65536
+                for head, length in receiver.comes_back(new):
+                    data = receiver.memory.read(GOOD + 2048 * head, length)[12:]
+                    assert data[:6] == mac(0xFFFF)
+                    receiver.ring.offer(head)
+                arrived += new
+        assert arrived > 10
+
+
+# Notifications -----------------------------------------------------------------------------
+
+
+def full_and_blocking(call) -> None:
+    """As far as an eventfd counts, and whoever writes to it waits."""
+    with contextlib.suppress(BlockingIOError):
+        os.set_blocking(call, False)
+        os.eventfd_read(call)
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_write(call, 2**64 - 2)
+    os.set_blocking(call, True)
+
+
+@each_device
+def test_call_fd_that_is_full_and_blocks_ends_its_session(place, kind):
+    name, index = QUEUES[kind]
+    with (
+        place.unnoticed(),
+        place.one_error("call fd"),
+        Attacker(place.path(name), index) as attacker,
+    ):
+        full_and_blocking(attacker.queue.call.fileno())
+        attacker.ring.descriptor(0, 0, 8)
+        attacker.offer(0)
+        place.innocent.goes_on()
+        assert attacker.end.hung_up()
+
+
+def test_call_fd_that_blocks_when_the_ring_stops_holds_up_nobody(place):
+    """What the port held back is published by control then, which may wait no longer."""
+    with place.unnoticed(), Attacker(place.path("bad0"), 1) as attacker:
+        for _ in range(30):
+            attacker.ring.descriptor(0, 0, 8)
+            full_and_blocking(attacker.queue.call.fileno())
+            attacker.offer(0)
+            with contextlib.suppress(OSError):
+                attacker.end.stop_queue(1)
+                attacker.start(1)
+            place.report()
+
+
+@each_device
+def test_error_fd_that_is_full_and_blocks_holds_up_nobody(place, kind):
+    name, index = QUEUES[kind]
+    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+        full_and_blocking(attacker.queue.err.fileno())
+        attacker.offer(jump=SIZE + 1)
+        place.innocent.goes_on()
+        with FrontEnd(place.path("bad2")) as other:
+            assert other.get_features()
+
+
+def test_call_fds_set_as_fast_as_possible_on_a_running_ring(place):
+    """And made blocking while they are handed over: setting one signals it once."""
+    with place.unnoticed(), Attacker(place.path("bad0"), 1) as attacker:
+        fds = [eventfd() for _ in range(8)]
+
+        def block() -> None:
+            for fd in fds:
+                full_and_blocking(fd.fileno())
+
+        attacker.ring.descriptor(0, 0, 8)
+        with meanwhile(block):
+            for i in range(1000):
+                file = VringFile(1, True)
+                with contextlib.suppress(OSError):
+                    attacker.end.send_raw(encode(R.SET_VRING_CALL, file), [fds[i % 8]])
+                if i % 50 == 0:
+                    attacker.offer(0)
+            place.innocent.goes_on()
+        for fd in fds:
+            fd.close()
+
+
+def test_kicks_as_fast_as_possible(place):
+    with (
+        place.unnoticed(),
+        Attacker(place.path("bad0"), 1) as net,
+        Attacker(place.path("badram"), 0) as blk,
+    ):
+        start = place.report()
+
+        def kick() -> None:
+            for attacker in (net, blk):
+                for _ in range(100):
+                    attacker.kick()
+
+        with meanwhile(kick):
+            time.sleep(1)
+            place.innocent.goes_on()
+        assert place.report()["frames"] > start["frames"] + 50
+
+
+def test_features_and_rings_toggled_as_fast_as_possible(place):
+    with FrontEnd(place.path("bad0")) as first:
+        first.request(R.SEND_RARP, U64(0xBAD02))  # a port's means to announce stay
+        first.get_features()
+    with place.unnoticed(), Attacker(place.path("bad0"), 1) as attacker:
+        start = place.report()
+        for i in range(1500):
+            attacker.end.send_raw(encode(R.SET_VRING_ENABLE, VringState(1, i % 2)))
+            features = attacker.end.features ^ (i % 2) << Feature.LOG_ALL
+            attacker.end.send_raw(encode(R.SET_FEATURES, U64(features)))
+            attacker.end.send_raw(encode(R.SEND_RARP, U64(0xBAD02)))
+        attacker.end.get_features()
+        assert place.report()["frames"] > start["frames"]
+        assert place.report()["blocks"] > start["blocks"]
+
+
+# What starves others -----------------------------------------------------------------------
+
+
+def test_receiver_that_returns_no_buffer_costs_its_neighbours_nothing(place):
+    with (
+        place.unnoticed(),
+        Attacker(place.path("bad0"), 0) as receiver,
+        Attacker(place.path("bad1"), 1) as sender,
+        Attacker(place.path("bad2"), 1) as other,
+    ):
+        before = place.victim.counters("bad0")
+        receiver.end.start_queue(1)
+        for i in range(8):
+            receiver.ring.descriptor(i, GOOD + 2048 * i, 2048, WRITE)
+        receiver.offer(*range(8))
+        # It is known, has eight buffers, and all the world sends to it.
+        tx = receiver.end.queues[1]
+        data = bytes(12) + frame(BROADCAST, mac(0xD0), 60)
+        receiver.memory.write(GOOD + (1 << 19), data)
+        tx.ring.add([(GOOD + (1 << 19), len(data))], [])
+        tx.ring.kick()
+        tx.wait_used()
+        for attacker in (sender, other):
+            data = bytes(12) + frame(mac(0xD0), mac(0xBAD + attacker.index), 1500)
+            attacker.memory.write(GOOD, data)
+            attacker.ring.descriptor(0, GOOD, len(data))
+        for _ in range(20):
+            for attacker in (sender, other):
+                attacker.offer(*[0] * SIZE)
+            for attacker in (sender, other):
+                attacker.comes_back(SIZE)
+        after = place.victim.counters("bad0")
+        assert after["drops.receiver_full"] == before["drops.receiver_full"] + 40 * SIZE - 8
+
+
+def test_a_hundred_thousand_sources_push_no_innocent_address_out(place):
+    with place.unnoticed(may_lose=True), Attacker(place.path("bad0"), 1, size=1024) as attacker:
+        before = place.report()
+        template = bytes(12) + frame(mac(0xBAE), mac(0), 60)
+        for i in range(1024):
+            attacker.memory.write(GOOD + 128 * i, template)
+            attacker.ring.descriptor(i, GOOD + 128 * i, len(template))
+        # Sent to an address that is known, so that the flood is one of sources only.
+        sent = 0
+        while sent < 100_000:
+            for i in range(1024):
+                source = b"\x02\xba\xd0" + (sent + i).to_bytes(3, "big")
+                attacker.memory.write(GOOD + 128 * i + 18, source)
+                if sent == 0 and i == 0:
+                    attacker.memory.write(GOOD + 128 * i + 18, mac(0xBAE))
+            attacker.offer(*range(1024))
+            attacker.comes_back(1024)
+            sent += 1024
+        fdb = place.victim.client.ask("fdb")
+        innocents = {mac(0xA0).hex(":"): "good0", mac(0xA1).hex(":"): "good1"}
+        assert {e["mac"]: e["port"] for e in fdb if e["mac"] in innocents} == innocents
+        assert len(fdb) <= 8192
+        assert sum(e["port"] == "bad0" for e in fdb) < 8192
+        # Addresses seen: no frame of the innocent was flooded to the attacker's.
+        assert place.report()["lost"] == before["lost"]
+
+
+def test_chains_of_1024_tiny_descriptors_share_the_time(place):
+    """The most that a chain may cost, on a ring and on its neighbour, again and again."""
+    with (
+        place.unnoticed(),
+        Attacker(place.path("bad0"), 1) as net,
+        Attacker(place.path("badram"), 0) as blk,
+    ):
+        start = place.report()
+        for attacker in (net, blk):
+            for i in range(1024):
+                attacker.ring.descriptor(
+                    i, BORDER - 1, 64, NEXT if i < 1023 else 0, i + 1, table=TABLES
+                )
+            attacker.ring.descriptor(0, TABLES, 16 * 1024, INDIRECT)
+        for _ in range(30):
+            for attacker in (net, blk):
+                attacker.offer(*[0] * SIZE)
+            for attacker in (net, blk):
+                attacker.comes_back(SIZE)
+        assert place.report()["blocks"] > start["blocks"]
+
+
+def test_flood_to_64_ports_leaves_time_for_a_handshake(tmp_path):
+    with place_of(tmp_path, ports=64) as place, place.unnoticed(may_lose=True):
+        guests = [FrontEnd(place.path(f"bad{i}")) for i in range(1, 63)]
+        for guest in guests:
+            guest.negotiate(FEATURES, (1 << 24) - 1)
+            guest.set_mem_table()
+            queue = guest.start_queue(0)
+            buffer = guest.allocate(1 << 16)
+            for _ in range(255):  # all on top of each other: nobody reads them
+                queue.ring.add([], [(buffer, 1 << 16)])
+            queue.ring.kick()
+        with Attacker(place.path("bad0"), 1) as attacker:
+            data = bytes(12) + frame(BROADCAST, mac(0xBAD), 60000)
+            attacker.memory.write(GOOD, data)
+            attacker.ring.descriptor(0, GOOD, len(data))
+            stop = threading.Event()
+
+            def storm() -> None:
+                sent = 0
+                while not stop.is_set():
+                    free = SIZE - (sent - attacker.ring.used_idx) % 65536
+                    if free:
+                        attacker.offer(*[0] * free)
+                        sent = (sent + free) % 65536
+
+            thread = threading.Thread(target=storm)
+            thread.start()
+            try:
+                times = []
+                for _ in range(5):
+                    start = time.monotonic()
+                    with FrontEnd(place.path("bad63")) as other:
+                        other.negotiate(FEATURES, (1 << 24) - 1)
+                        other.set_mem_table()
+                        other.start_queue(0)
+                        other.start_queue(1)
+                        other.stop_queue(1)
+                    times.append(time.monotonic() - start)
+                assert min(times) < 0.5, times
+                assert place.victim.counters("bad1")["to_guest_packets"] >= 255
+            finally:
+                stop.set()
+                thread.join()
+        for guest in guests:
+            guest.close()
+
+
+# The end -----------------------------------------------------------------------------------
+
+
+@each_device
+def test_front_end_that_goes_in_the_middle_of_anything(place, kind):
+    name, index = QUEUES[kind]
+    dice = random.Random(3)
+    with place.unnoticed():
+        for _ in range(40):
+            attacker = Attacker(place.path(name), index)
+            steps: list[Callable[[], object]] = [
+                lambda a=attacker: a.offer(*[0] * dice.randrange(1, SIZE)),
+                lambda a=attacker: a.end.send_raw(
+                    encode(R.GET_VRING_BASE, VringState(index, 0))[: dice.randrange(1, 20)]
+                ),
+                lambda a=attacker: a.end.send_raw(encode(R.SET_VRING_ENABLE, VringState(index, 0))),
+                lambda a=attacker: a.end.send_raw(encode(R.REM_MEM_REG, _region(a)), []),
+                lambda a=attacker: os.ftruncate(a.end.shared.fd.fileno(), 0),
+            ]
+            attacker.ring.descriptor(0, GOOD, 512, NEXT, 1)
+            attacker.ring.descriptor(1, STATUS, 512, WRITE)
+            for step in dice.sample(steps, dice.randrange(1, len(steps))):
+                with contextlib.suppress(ConnectionError):
+                    step()
+            attacker.end.close()
+        eventually(place.victim.is_quiet)
+
+
+def _region(attacker: Attacker):
+    from vhostpy.payloads import SingleRegion
+
+    return SingleRegion(attacker.end.shared.regions[1])
