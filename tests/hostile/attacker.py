@@ -102,14 +102,19 @@ class Attacker:
 
     # Good behaviour, to see that all is well -------------------------------------------
 
-    def request(self, kind: int = 1, sector: int = 0, data: bytes = bytes(512)) -> int:
-        """A good disk request at the table's end; its status."""
+    def request(self, kind: int = 1, sector: int = 0, data: bytes | int = bytes(512)) -> int:
+        """A good disk request at the table's end; its status.
+
+        The buffer is at GOOD and gets `data` before; where that is a length, nothing.
+        """
+        size = data if isinstance(data, int) else len(data)
         last = self.ring.size - 1
         self.memory.write(STATUS, struct.pack("<IIQ", kind, 0, sector))
         self.memory.write(STATUS + 16, b"\xee")
-        self.memory.write(GOOD, data)
+        if isinstance(data, bytes):
+            self.memory.write(GOOD, data)
         self.ring.descriptor(last, STATUS, 16, NEXT, last - 1)
-        self.ring.descriptor(last - 1, GOOD, len(data), NEXT | (0 if kind else WRITE), last - 2)
+        self.ring.descriptor(last - 1, GOOD, size, NEXT | (0 if kind else WRITE), last - 2)
         self.ring.descriptor(last - 2, STATUS + 16, 1, WRITE)
         self.offer(last)
         assert self.comes_back()[0][0] == last
