@@ -1,0 +1,125 @@
+"""Who gets to talk to a device, and what a front-end that comes or goes does to others."""
+
+import os
+import socket
+
+import pytest
+
+from tests.serving import serving
+from vhostpy import errors, server
+from vhostpy.backends.disk import Disk
+from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.frontend import FrontEnd
+from vhostpy.protocol import FrontEndRequest, encode
+from vhostpy.server import Server
+from vhostpy.worker import Workers
+
+
+@pytest.fixture
+def workers():
+    workers = Workers()
+    workers.start()
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture
+def disk(workers):
+    return Disk("disk", RamStorage(1 << 20), workers, queues=4)
+
+
+def answers(guest: FrontEnd) -> bool:
+    """Whether the back-end at the other end serves."""
+    return guest.request(FrontEndRequest.GET_QUEUE_NUM).value == 4
+
+
+def refuses(one: Server, text: str) -> None:
+    """It does not start, and says why."""
+    with pytest.raises(errors.ConfigError, match=text), serving(one):
+        pass
+
+
+def test_a_second_front_end_is_hung_up_on_and_the_first_goes_on(disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "HANDOVER_S", 0.05)
+    path = str(tmp_path / "s")
+    with serving(Server(disk, path=path)), FrontEnd(path) as first:
+        assert answers(first)
+        with FrontEnd(path) as second:
+            assert second.hung_up()
+        assert answers(first)
+
+
+def test_the_next_front_end_is_served_as_soon_as_the_last_has_gone(disk, tmp_path):
+    path = str(tmp_path / "s")
+    one = Server(disk, path=path)
+    with serving(one):
+        for _ in range(20):
+            with FrontEnd(path) as guest:
+                assert answers(guest)
+        assert one.sessions == 20
+
+
+def test_a_client_comes_back_to_a_front_end_that_was_started_anew(disk, tmp_path):
+    path = str(tmp_path / "s")
+    with serving(Server(disk, path=path, client=True)):
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path)
+                listener.listen()
+                listener.settimeout(10)
+                connection, _ = listener.accept()
+                with FrontEnd(connection) as guest:
+                    assert answers(guest)
+            os.unlink(path)
+
+
+def test_a_connected_fd_is_served(disk):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with serving(Server(disk, fd=theirs.detach())), FrontEnd(ours) as guest:
+        assert answers(guest)
+
+
+def test_an_fd_that_is_no_unix_stream_socket_is_refused(disk):
+    read, write = os.pipe()
+    internet = socket.socket(socket.AF_INET)
+    for fd, text in (
+        (read, "not a socket"),
+        (internet.fileno(), "not a Unix stream socket"),
+        (999, "Bad file descriptor"),
+    ):
+        refuses(Server(disk, fd=os.dup(fd) if fd < 999 else fd), text)
+    os.close(read)
+    os.close(write)
+    internet.close()
+
+
+def test_what_is_not_a_dead_socket_is_left_alone(disk, workers, tmp_path):
+    path = tmp_path / "s"
+    path.write_text("precious")
+    refuses(Server(disk, path=str(path)), "not a socket")
+    assert path.read_text() == "precious"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    other = Disk("other", RamStorage(1 << 20), workers, queues=4)
+    with serving(Server(disk, path=str(path))), FrontEnd(str(path)) as guest:
+        refuses(Server(other, path=str(path)), "in use")
+        assert answers(guest)
+    assert not path.exists()
+
+
+def test_a_front_end_that_takes_no_answers_stops_only_itself(disk, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.2)
+    other = Disk("other", RamStorage(1 << 20), workers, queues=4)
+    paths = [str(tmp_path / name) for name in ("deaf", "innocent")]
+    deaf_server = Server(disk, path=paths[0])
+    with serving(deaf_server, Server(other, path=paths[1])):
+        with FrontEnd(paths[0]) as deaf, FrontEnd(paths[1]) as innocent:
+            question = encode(FrontEndRequest.GET_QUEUE_NUM)
+            deaf.sock.settimeout(5)
+            with pytest.raises(OSError):
+                while True:  # until our own socket is full, and then closed by the other end
+                    deaf.sock.sendall(question * 1000)
+            assert answers(innocent)
+        with FrontEnd(paths[0]) as next_one:
+            assert answers(next_one)
