@@ -94,6 +94,12 @@ def assert_ping(guest: Guest, address: str, **how: int) -> None:
     assert pinged.received == pinged.sent, pinged.output
 
 
+def assert_answers(guest: Guest, address: str) -> None:
+    """Once in five: streams without flow control fill the queues that pings go through."""
+    pinged = traffic.ping(guest, address, count=5)
+    assert pinged.received > 0, pinged.output
+
+
 def test_guests_see_what_was_agreed(network: Network) -> None:
     for guest in network.guests:
         assert guest.check("cat /sys/class/net/eth0/mtu") == str(network.mtu)
@@ -163,7 +169,7 @@ def restless(request: pytest.FixtureRequest, directory: Path) -> Iterator[Networ
 def bring_back(network: Network) -> None:
     """Guest a is up again: its address, its own stream towards b, and proof that both work."""
     network.a.set_address(f"{A}/24")
-    assert_ping(network.a, B, count=3)
+    assert_answers(network.a, B)
     network.a.check(f"nc {B} 7000 < /dev/zero > /dev/null 2>&1 &")
 
 
@@ -235,7 +241,7 @@ def replace_guest(network: Network, times: int) -> None:
         network.a.close()
         boot(network.a)
         network.a.set_address(f"{A}/24")
-        assert_ping(network.a, B, count=3)
+        assert_answers(network.a, B)
         before = before or network.backend.footprint()
     assert before is not None
     assert_flat(before, network.backend.footprint())
