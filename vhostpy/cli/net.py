@@ -61,6 +61,10 @@ def _parser(program: str) -> Parser:
         "--full-wait", metavar="TIME", type=microseconds, default=100, action=Once,
         help="how long frames wait for a receiver without buffers (default: 100us)",
     )  # fmt: skip
+    parser.add_argument(
+        "--fdb-limit", metavar="N", type=whole(1, 65536), default=8192, action=Once,
+        help="MAC addresses that the switch learns (default: 8192, at most 65536)",
+    )  # fmt: skip
     return parser
 
 
@@ -72,7 +76,7 @@ def _build(options: argparse.Namespace) -> "App":
     from vhostpy.worker import Workers
 
     workers = Workers(options.workers, poll=options.poll, cpus=options.cpus)
-    switch = Switch(workers, full_wait_us=options.full_wait)
+    switch = Switch(workers, fdb_limit=options.fdb_limit, full_wait_us=options.full_wait)
     names = device_names(options.sockets, options.fds)
     places = [{"path": path} for path in options.sockets] + [{"fd": fd} for fd in options.fds]
     servers = [
