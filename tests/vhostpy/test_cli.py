@@ -122,6 +122,7 @@ BAD_USAGE = {
     "more workers than processors": ("net --socket s --cpus 0 --workers 2", "name a processor"),
     "bad poll": ("net --socket s --poll lazy", "invalid choice: 'lazy'"),
     "bad mtu": ("net --socket s --mtu 67", "a whole number from 68 to 65535"),
+    "too many addresses": ("net --socket s --fdb-limit 65537", "a whole number from 1 to 65536"),
     "bad wait": ("net --socket s --full-wait soon", "'soon' is not a time"),
     "unknown action": ("fdb drop", "invalid choice: 'drop'"),
     "bad log level": ("net --socket s --log-level loud", "invalid choice: 'loud'"),
