@@ -157,7 +157,7 @@ class Disk:
     # A session's life ------------------------------------------------------------------
 
     def opened(self) -> None:
-        self._writeback = True
+        """The guest's choice of write-back or not outlives a reconnect: QEMU does not repeat it."""
 
     def closed(self) -> None:
         self._features = 0

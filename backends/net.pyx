@@ -35,6 +35,9 @@ cdef enum:
     # Receive buffers that one transmit() may use: enough for the longest frame in
     # buffers of 64 bytes. A guest with smaller ones gets no long frames.
     WINDOW = 1024
+    # So many unusable buffers in one transmit(), and it takes no more: each of them may
+    # have cost thousands of descriptors (a loop), and the sender's turn is bounded.
+    FAULTY_MAX = 4
     # Results of collect(), besides a count of chains.
     FULL = 0
     REFUSED = -1           # - reason, of Drop
@@ -52,7 +55,7 @@ cdef struct Pair:
     uint32_t lock
     int have               # chains popped for this transmit()
     int next               # of them, used or given up
-    int unusable           # of them, given up
+    int faulty             # of them, chains that nobody can use
     Scratch scratch
     uint32_t logging
     uint32_t padding2[7]
@@ -222,7 +225,7 @@ cdef class NetPort(Port):
     cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil:
         """Places frames until the buffers run out; returns how many are done with."""
         cdef int done = 0
-        pair.have = pair.next = pair.unusable = 0
+        pair.have = pair.next = pair.faulty = 0
         pair.scratch.used = 0
         pair.logging = (<Virtqueue>pair.rx).logging()
         while done < count and self.place(pair, frames[done], count - done):
@@ -268,6 +271,8 @@ cdef class NetPort(Port):
         cdef Chain *chain
         while True:
             if pair.next + count == pair.have:
+                if unlikely(pair.faulty >= FAULTY_MAX):
+                    return REFUSED - Drop.DROP_BUFFER_FAULT
                 more = self.pop_more(pair, wanted, count)
                 if unlikely(more < 0):
                     return REFUSED - Drop.DROP_RECEIVER_DOWN
@@ -280,8 +285,7 @@ cdef class NetPort(Port):
                 if chain.fault == ChainFault.CHAIN_OK:
                     chain.fault = ChainFault.CHAIN_BAD_ORDER     # readable ones only
                 pair.received.chain_faults[chain.fault] += 1
-                if pair.unusable > BURST:
-                    return REFUSED - Drop.DROP_BUFFER_FAULT
+                pair.faulty += 1
                 count = 0
                 room = 0
                 continue
@@ -303,7 +307,6 @@ cdef class NetPort(Port):
     cdef void give_up(self, Pair *pair, int count) noexcept nogil:
         memset(&pair.written[pair.next], 0, count * sizeof(uint32_t))
         pair.next += count
-        pair.unusable += count
 
     cdef int pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil:
         """Takes buffers: one for each frame to come, more once a frame needs several.

@@ -105,9 +105,13 @@ class NetDevice:
     def ring_started(self, index: int, virtqueue: Virtqueue, kick_fd: int) -> None:
         """Wires a virtqueue that is not live yet; the guest's transmit queues are polled."""
         self.port.wire(index, virtqueue)
-        self._started.add(index)
         if index & 1:
-            self.switch.open_queue(self.port, index // 2, kick_fd)
+            try:
+                self.switch.open_queue(self.port, index // 2, kick_fd)
+            except BaseException:
+                self.port.unwire(index)
+                raise
+        self._started.add(index)
 
     def ring_enabled(self, index: int, enabled: bool) -> None:
         """SET_VRING_ENABLE."""

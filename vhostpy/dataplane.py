@@ -5,6 +5,7 @@ rule of ownership: a virtqueue is the workers' while it is live; `held` takes it
 changes it and lets it go again.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -50,6 +51,8 @@ class DataPlane:
         self.rings: dict[int, RunningRing] = {}
         self.retired: list[GuestMemory] = []
         self.backend_channel: OwnedFd | None = None
+        # fds that a ring may still use after what should have replaced them was refused.
+        self.leftovers: list[OwnedFd] = []
 
     async def carry_out(self, effect: e.Effect) -> int | None:
         """Does what `effect` says; StopRing returns the ring's base."""
@@ -73,13 +76,14 @@ class DataPlane:
                 with self._held([index]):
                     self.device.ring_enabled(index, enabled)
             case e.SetRingCall(index, replaced):
-                with replaced or contextlib.nullcontext():
+                with self._replacing(replaced):
                     self._set_call(index)
             case e.SetRingKick(index, replaced):
-                with replaced or contextlib.nullcontext():
+                with self._replacing(replaced):
                     self.device.ring_kick(index, _eventfd(self.session.rings[index].kick))
-            case e.SetRingErr(_, replaced):
-                _close(replaced)
+            case e.SetRingErr(index, replaced):
+                with self._replacing(replaced):
+                    _eventfd(self.session.rings[index].err)
             case e.SetRingAddresses(index):
                 self._set_addresses(index)
             case e.SetRingBase(index):
@@ -111,11 +115,6 @@ class DataPlane:
                     f"{self.device.name}: {what} was truncated or cannot be read",
                     "the front-end must not shrink memory that it shares; start it again",
                 )
-        if self.log is not None and self.log.poisoned:
-            raise GuestError(
-                f"{self.device.name}: the dirty log was truncated",
-                "the front-end must not shrink the log that it shares; start it again",
-            )
         for index, ring in self.rings.items():
             if ring.virtqueue.deaf:
                 raise GuestError(
@@ -136,13 +135,20 @@ class DataPlane:
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped for ever, and is logged."""
-        for index in list(self.rings):
-            try:
-                await self._stop_ring(index)
-            except GuestError as error:
-                log.error("%s", error)
+        indexes = list(self.rings)
+        drained = await asyncio.gather(
+            *(self.device.ring_drain(index, DRAIN_DEADLINE_S) for index in indexes)
+        )
+        for ring in self.rings.values():
+            ring.virtqueue.set_live(False)
+        self.workers.wait()
+        for index, done in zip(indexes, drained, strict=True):
+            self._take_down(index)
+            if not done:
+                log.error("%s", self._hung(index))
         self.device.closed()
-        _close(self.backend_channel)
+        for fd in (self.backend_channel, *self.leftovers):
+            _close(fd)
         self._retire(self.memory)
         self.memory = self.log = None
         for memory in self.retired:
@@ -194,6 +200,8 @@ class DataPlane:
 
     def _set_features(self, features: int) -> None:
         self.features = features
+        if not features >> Feature.LOG_ALL & 1:
+            self.log = None  # the next migration brings its own
         with self._held(self.rings):
             self.device.negotiated(features)
             self._update_logs()
@@ -241,6 +249,7 @@ class DataPlane:
                 f"{self.device.name}: ring {index} started before any guest memory was shared",
                 "give QEMU -object memory-backend-memfd,share=on",
             )
+        _eventfd(state.err)
         dirty_log, used_log_gpa = self._log_of(index)
         virtqueue = Virtqueue(
             self.memory,
@@ -265,16 +274,34 @@ class DataPlane:
         drained = await self.device.ring_drain(index, DRAIN_DEADLINE_S)
         ring.virtqueue.set_live(False)
         self.workers.wait()
-        self.device.ring_stopped(index)
-        del self.rings[index]
-        self._retire(ring.virtqueue.memory)
+        self._take_down(index)
         if not drained:
-            raise GuestError(
-                f"{self.device.name}: ring {index}: requests still under way after "
-                f"{DRAIN_DEADLINE_S:g} s",
-                "see whether the storage answers; the front-end has to connect again",
-            )
+            raise self._hung(index)
         return ring.virtqueue.base
+
+    def _take_down(self, index: int) -> None:
+        """The ring is held; the device gives it back."""
+        ring = self.rings.pop(index)
+        self.device.ring_stopped(index)
+        self._retire(ring.virtqueue.memory)
+
+    def _hung(self, index: int) -> GuestError:
+        return GuestError(
+            f"{self.device.name}: ring {index}: requests still under way after "
+            f"{DRAIN_DEADLINE_S:g} s",
+            "see whether the storage answers; the front-end has to connect again",
+        )
+
+    @contextlib.contextmanager
+    def _replacing(self, replaced: OwnedFd | None) -> Iterator[None]:
+        """Closes `replaced` when nobody uses it any more: at the end, if the block fails."""
+        try:
+            yield
+        except BaseException:
+            if replaced is not None:
+                self.leftovers.append(replaced)
+            raise
+        _close(replaced)
 
     def _set_call(self, index: int) -> None:
         call_fd = _eventfd(self.session.rings[index].call)

@@ -60,8 +60,8 @@ cdef int64_t generations = 0
 cdef int64_t generations_leaked = 0
 
 # statfs(2), "Filesystem types": local ones, whose page faults end. A fault on FUSE or
-# NFS may wait for a server for ever, and a worker with it. overlayfs keeps what is
-# written in a local upper layer.
+# NFS may wait for a server for ever, and a worker with it. Not overlayfs: its upper
+# layer, where the pages are, may be on FUSE.
 HUGETLBFS = 0x958458F6
 LOCAL_FILE_SYSTEMS = {
     0x01021994: "tmpfs",
@@ -73,11 +73,11 @@ LOCAL_FILE_SYSTEMS = {
     0xF2F52010: "f2fs",
     0xCA451A4E: "bcachefs",
     0x2FC12FC1: "zfs",
-    0x794C7630: "overlayfs",
 }
 # Only for naming them in the refusal.
 OTHER_FILE_SYSTEMS = {
     0x65735546: "FUSE",
+    0x794C7630: "overlayfs",
     0x6969: "NFS",
     0xFF534D42: "CIFS",
     0xFE534D42: "SMB2",

@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import weakref
+from collections.abc import Coroutine
 from typing import Any, ClassVar
 
 from vhostpy import fds, memory
@@ -31,6 +32,8 @@ SEND_TIMEOUT_S = 10.0
 # A new front-end waits so long for the old one's session to be cleared away.
 HANDOVER_S = 2.0
 RECONNECT_MS = 50
+# How long to wait when the process has no file descriptors left.
+SHORTAGE_S = 0.1
 # sockaddr_un.sun_path of Linux, less the final NUL
 SOCKET_PATH_MAX = 107
 
@@ -116,7 +119,12 @@ class Server:
         serving: asyncio.Task[None] | None = None
         try:
             while True:
-                sock, _ = await loop.sock_accept(listener)
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as error:  # EMFILE: others may soon give some back
+                    log.warning("%s: cannot accept a front-end: %s", self.device.name, error)
+                    await asyncio.sleep(SHORTAGE_S)
+                    continue
                 if serving is not None and not serving.done():
                     await asyncio.wait([serving], timeout=HANDOVER_S)
                 if serving is not None and not serving.done():
@@ -138,12 +146,14 @@ class Server:
         loop = asyncio.get_running_loop()
         assert self.path is not None
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.setblocking(False)
+            sock: socket.socket | None = None
             try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.setblocking(False)
                 await loop.sock_connect(sock, self.path)
             except OSError as error:
-                sock.close()
+                if sock is not None:
+                    sock.close()
                 # The front-end may come at any time; a wrong path is told when one looks.
                 log.debug("%s: cannot connect yet: %s", self.device.name, error)
             else:
@@ -162,6 +172,9 @@ class Server:
             log.error("%s: session ended: %s", self.device.name, error)
         except OSError as error:
             log.error("%s: session ended: %s", self.device.name, error)
+        except Exception:
+            # A defect of ours costs one session, not the port.
+            log.exception("%s: session ended by an internal error", self.device.name)
         finally:
             self.connection = None
 
@@ -193,13 +206,15 @@ class Connection:
             Connection.open.discard(self)
             self._failure.cancel()
             reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError, VhostpyError, OSError):
-                await reading
+            await asyncio.gather(reading, return_exceptions=True)
             self.sock.close()
-            try:
-                await self.plane.close()
-            finally:
-                self.session.close()
+            await _whole(self._close())
+
+    async def _close(self) -> None:
+        try:
+            await self.plane.close()
+        finally:
+            self.session.close()
 
     def look_after(self) -> None:
         """Called when a worker or a contained fault asks for attention."""
@@ -288,6 +303,16 @@ def _look_after_all(fd: int) -> None:
 
 
 # Sockets -----------------------------------------------------------------------------
+
+
+async def _whole(work: Coroutine[Any, Any, None]) -> None:
+    """Does `work` to its end, also when the caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _ready(sock: socket.socket, *, write: bool) -> None:

@@ -160,9 +160,11 @@ class Session:
         if payload is None or not isinstance(error, Refused):
             self.ended = str(error)
         else:
-            self.refused[message.name] += 1
-            # The first of its kind only: a front-end must not fill the operator's disk.
-            if self.refused[message.name] == 1:
+            # One name for all that is unknown, and only the first of a kind is logged: a
+            # front-end must fill neither our memory nor the operator's disk.
+            name = message.name if message.request in FRONT_END_TABLE else "unknown request"
+            self.refused[name] += 1
+            if self.refused[name] == 1:
                 log.warning("%s: refused: %s", self.device.name, error)
         if payload is not None:
             yield _reply(message, payload)
@@ -247,6 +249,7 @@ class Session:
                 "the front-end has to stop the rings (GET_VRING_BASE) first",
             )
         self.features = features
+        self.logging = self.logging and bool(self._feature(Feature.LOG_ALL))
         effects: list[Effect] = [SetFeatures(features)]
         if not self._feature(Feature.PROTOCOL_FEATURES):
             # "Ring states": without it all rings are enabled at once.
@@ -347,7 +350,7 @@ class Session:
                 f"SET_LOG_BASE: {where.size:#x} bytes at offset {where.offset:#x} are no log"
             )
         self.logging = True
-        return [SetLog(message.fds[0].move(), where.offset, where.size)]
+        return [SetLog(message.fds[0].move(), where.offset, where.size), *self._settle_all()]
 
     # Rings -----------------------------------------------------------------------------
 
@@ -492,6 +495,10 @@ class Session:
             return "its size (SET_VRING_NUM)"
         if ring.desc_uva is None:
             return "its addresses (SET_VRING_ADDR)"
+        log_comes = self._feature(Feature.LOG_ALL) and self._protocol(ProtocolFeature.LOG_SHMFD)
+        if log_comes and not self.logging:
+            # QEMU sends it behind the kicks; what we wrote before would not be migrated.
+            return "the dirty log (SET_LOG_BASE)"
         return ""
 
     def missing(self, ring: Ring) -> str:

@@ -48,7 +48,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
     uint32_t EPOLLIN, EPOLLET
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -399,8 +399,9 @@ cdef class Worker:
         if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0:
             return
         error = errno
-        if error == EEXIST:
-            raise ValueError(f"fd {fd} is watched already")
+        # An fd that was closed under us stays in epoll while its sender keeps the file open.
+        if error == EEXIST and epoll_ctl(self.epoll_fd, EPOLL_CTL_MOD, fd, &event) == 0:
+            return
         raise ProtocolError(
             f"fd {fd} cannot be watched: {os.strerror(error)}", hint="hand over an eventfd")
 

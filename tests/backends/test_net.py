@@ -331,7 +331,7 @@ def test_nothing_but_bad_buffers_costs_a_bounded_time_and_drops_by_name():
     for _ in range(256):
         g.post_bad()
     assert g.device.port.give([data(60)]) == 1
-    assert BURST < len(g.used()) <= BURST + 16
+    assert 0 < len(g.used()) <= BURST
     assert g.drops() == {"buffer_fault": 1}
 
 
