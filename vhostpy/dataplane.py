@@ -54,8 +54,8 @@ class DataPlane:
         # fds that a ring may still use after what should have replaced them was refused.
         self.leftovers: list[OwnedFd] = []
 
-    async def carry_out(self, effect: e.Effect) -> int | None:
-        """Does what `effect` says; StopRing returns the ring's base."""
+    async def carry_out(self, effect: e.Effect) -> None:
+        """Does what `effect` says. StopRing has a result: see `stop_ring`."""
         match effect:
             case e.SetFeatures(features):
                 self._set_features(features)
@@ -70,8 +70,6 @@ class DataPlane:
                 self._set_log(fd, offset, size)
             case e.StartRing(index):
                 self._start_ring(index)
-            case e.StopRing(index):
-                return await self._stop_ring(index)
             case e.EnableRing(index, enabled):
                 with self._held([index]):
                     self.device.ring_enabled(index, enabled)
@@ -102,10 +100,9 @@ class DataPlane:
                 pass
             case e.ResetDevice():
                 for index in list(self.rings):
-                    await self._stop_ring(index)
+                    await self.stop_ring(index)
             case _:
                 raise NotImplementedError(effect)
-        return None
 
     def look_after(self) -> None:
         """Reports rings that broke; raises GuestError if memory is gone or a fd blocks us."""
@@ -269,7 +266,8 @@ class DataPlane:
         virtqueue.set_live(True)
         self.workers.nudge()
 
-    async def _stop_ring(self, index: int) -> int:
+    async def stop_ring(self, index: int) -> int:
+        """Drains and stops a ring; returns the base at which it would go on."""
         ring = self.rings[index]
         drained = await self.device.ring_drain(index, DRAIN_DEADLINE_S)
         ring.virtqueue.set_live(False)

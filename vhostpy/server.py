@@ -268,7 +268,7 @@ class Connection:
         if isinstance(effect, Reply):
             await self._send(encode_reply(effect.request, effect.payload), effect.fds)
         elif isinstance(effect, StopRing):
-            base = await self.plane.carry_out(effect)
+            base = await self.plane.stop_ring(effect.index)
             for follow_up in self.session.ring_stopped(effect.index, base):
                 await self._do(follow_up)
         else:
