@@ -134,15 +134,16 @@ class DataPlane:
         """Ends it all. Memory that a request still uses stays mapped for ever, and is logged."""
         indexes = list(self.rings)
         drained = await asyncio.gather(
-            *(self.device.ring_drain(index, DRAIN_DEADLINE_S) for index in indexes)
+            *(self.device.ring_drain(index, DRAIN_DEADLINE_S) for index in indexes),
+            return_exceptions=True,
         )
         for ring in self.rings.values():
             ring.virtqueue.set_live(False)
         self.workers.wait()
         for index, done in zip(indexes, drained, strict=True):
             self._take_down(index)
-            if not done:
-                log.error("%s", self._hung(index))
+            if done is not True:
+                log.error("%s", done or self._hung(index))
         self.device.closed()
         for fd in (self.backend_channel, *self.leftovers):
             _close(fd)
@@ -189,7 +190,7 @@ class DataPlane:
         self.memory = memory
 
     def _retire(self, memory: GuestMemory | None) -> None:
-        self.retired = [old for old in self.retired if old.in_use]
+        self.retired = [old for old in self.retired if old.in_use and old is not memory]
         if memory is not None and memory.in_use:
             self.retired.append(memory)
 

@@ -117,14 +117,18 @@ class Server:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         serving: asyncio.Task[None] | None = None
+        shortage = False
         try:
             while True:
                 try:
                     sock, _ = await loop.sock_accept(listener)
                 except OSError as error:  # EMFILE: others may soon give some back
-                    log.warning("%s: cannot accept a front-end: %s", self.device.name, error)
+                    if not shortage:
+                        log.warning("%s: cannot accept a front-end: %s", self.device.name, error)
+                    shortage = True
                     await asyncio.sleep(SHORTAGE_S)
                     continue
+                shortage = False
                 if serving is not None and not serving.done():
                     await asyncio.wait([serving], timeout=HANDOVER_S)
                 if serving is not None and not serving.done():
@@ -203,14 +207,14 @@ class Connection:
                 self._failure.result()
             await reading
         finally:
-            Connection.open.discard(self)
-            self._failure.cancel()
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-            self.sock.close()
-            await _whole(self._close())
+            await _whole(self._close(reading))
 
-    async def _close(self) -> None:
+    async def _close(self, reading: asyncio.Future[None]) -> None:
+        Connection.open.discard(self)
+        self._failure.cancel()
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        self.sock.close()
         try:
             await self.plane.close()
         finally:
@@ -306,13 +310,17 @@ def _look_after_all(fd: int) -> None:
 
 
 async def _whole(work: Coroutine[Any, Any, None]) -> None:
-    """Does `work` to its end, also when the caller is cancelled meanwhile."""
+    """Does `work` to its end, however often the caller is cancelled meanwhile."""
     task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    task.result()
 
 
 async def _ready(sock: socket.socket, *, write: bool) -> None:

@@ -1,11 +1,16 @@
 """Who gets to talk to a device, and what a front-end that comes or goes does to others."""
 
+import gc
 import os
+import resource
 import socket
 
 import pytest
 
+from tests.hostile.attacker import Attacker
+from tests.hostile.victim import eventually
 from tests.serving import serving
+from tests.talk import open_fds
 from vhostpy import errors, server
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
@@ -123,3 +128,49 @@ def test_a_front_end_that_takes_no_answers_stops_only_itself(disk, workers, tmp_
             assert answers(innocent)
         with FrontEnd(paths[0]) as next_one:
             assert answers(next_one)
+
+
+def test_a_shortage_of_fds_ends_neither_the_listener_nor_the_session(
+    disk, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(server, "SHORTAGE_S", 0)
+    path = str(tmp_path / "s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serving(Server(disk, path=path)), FrontEnd(path) as first:
+        assert answers(first)
+        late = socket.socket(socket.AF_UNIX)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            late.connect(path)
+            eventually(lambda: "cannot accept" in caplog.text)
+            for _ in range(10):  # meanwhile it tries again and again, and says no more
+                assert answers(first)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        first.close()
+        with FrontEnd(late) as second:
+            assert answers(second)
+        assert caplog.text.count("cannot accept") == 1
+
+
+def test_a_defect_of_ours_costs_one_session_and_not_the_port(disk, tmp_path, monkeypatch, caplog):
+    def defect(offset: int, data: bytes) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(disk, "write_config", defect)
+    path = str(tmp_path / "s")
+    one = Server(disk, path=path)
+    with serving(one):
+        gc.collect()  # what earlier tests left would go at any time
+        before = open_fds()
+        with Attacker(path) as guest:
+            assert guest.request() == 0
+            virtqueue = one.connection.plane.rings[0].virtqueue
+            with pytest.raises(ConnectionError):
+                guest.end.set_config(32, b"\0")
+            eventually(lambda: one.connection is None)
+        assert not virtqueue.live
+        assert open_fds() == before
+        assert "RuntimeError: a defect" in caplog.text
+        with Attacker(path) as guest:
+            assert guest.request() == 0

@@ -221,6 +221,13 @@ def test_refusal_of_the_device_is_acknowledged_and_the_session_goes_on(talk):
     assert talk.session.status()["refused"] == {"NET_SET_MTU": 1}
 
 
+def test_unknown_requests_fill_neither_the_log_nor_our_memory(talk, caplog):
+    for request in range(1000, 2000):
+        assert talk.ask(request).data == U64(1).pack()
+    assert talk.session.status()["refused"] == {"unknown request": 1000}
+    assert len(caplog.records) == 1
+
+
 def test_refusal_nobody_would_hear_ends_the_session(talk):
     talk.fail = (SetMtu, Refused("MTU 9000 is above --mtu 1500"))
     with pytest.raises(Refused, match="above --mtu"):
@@ -607,6 +614,33 @@ def test_log_without_a_file_ends_the_session(talk):
 def test_log_by_address_is_refused(fresh):
     fresh.negotiate(protocol=1 << ProtocolFeature.REPLY_ACK)
     assert fresh.ask(R.SET_LOG_BASE, U64(0x1000)) == U64(1)
+
+
+def test_ring_that_is_to_be_logged_waits_for_its_log(fresh):
+    """QEMU that connects while it migrates sends the log behind the kick fds."""
+    fresh.negotiate(FEATURES | LOG_ALL)
+    fresh.table(REGION)
+    assert fresh.start() == []
+    assert "the dirty log (SET_LOG_BASE)" in fresh.session.status()["waits_for"]
+    effects = fresh.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
+    assert [type(effect) for effect in effects] == [SetLog, StartRing]
+
+
+def test_ring_waits_for_no_log_that_cannot_come(fresh):
+    without = PROTOCOL_FEATURES & ~(1 << ProtocolFeature.LOG_SHMFD)
+    fresh.negotiate(FEATURES | LOG_ALL, without)
+    fresh.table(REGION)
+    assert StartRing(0) in fresh.start()
+
+
+def test_log_of_a_migration_that_ended_is_not_the_next_ones(talk):
+    talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))  # QEMU's order: log, then LOG_ALL
+    talk.say(R.SET_FEATURES, U64(FEATURES | LOG_ALL))
+    assert StartRing(0) in talk.start(0)
+    talk.say(R.SET_FEATURES, U64(FEATURES))
+    assert StartRing(1) in talk.start(1)
+    talk.say(R.SET_FEATURES, U64(FEATURES | LOG_ALL))
+    assert talk.start(2) == []
 
 
 # Faults of rings -------------------------------------------------------------------------

@@ -1,0 +1,323 @@
+"""What a running ring has of its session, and how it is taken away from it."""
+
+import asyncio
+import gc
+import os
+import struct
+from collections import Counter
+
+import pytest
+
+from tests.hostile.attacker import EVERYTHING, Attacker, eventfd
+from tests.hostile.victim import eventually
+from tests.serving import serving
+from tests.talk import open_fds
+from vhostpy import dataplane
+from vhostpy._spec import Feature
+from vhostpy.backends.disk import WRITEBACK_OFFSET, Disk
+from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.storage.gate import GateStorage
+from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.errors import Refused
+from vhostpy.fds import OwnedFd
+from vhostpy.frontend import FrontEnd, Queue
+from vhostpy.memory import DirtyLog
+from vhostpy.payloads import VringFile, VringState
+from vhostpy.protocol import FrontEndRequest as R
+from vhostpy.protocol import encode
+from vhostpy.server import Server
+from vhostpy.vswitch.switch import Switch
+from vhostpy.worker import Workers
+
+RINGS = 4
+FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.BLK_FLUSH | 1 << Feature.BLK_CONFIG_WCE
+LOG_ALL = 1 << Feature.LOG_ALL
+
+
+@pytest.fixture
+def workers():
+    workers = Workers()
+    workers.start()
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture
+def gate():
+    """A storage that hangs until it is opened."""
+    return GateStorage(1 << 20)
+
+
+@pytest.fixture
+def hung_disk(workers, gate):
+    return Disk("disk", gate, workers, queues=RINGS)
+
+
+@pytest.fixture
+def disk(workers):
+    return Disk("disk", RamStorage(1 << 20), workers, queues=RINGS)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "s")
+
+
+@pytest.fixture
+def pipe():
+    """The end of a pipe that can be written to: what no kick, call or error fd may be."""
+    read, write = os.pipe()
+    yield write
+    os.close(read)
+    os.close(write)
+
+
+def connect(path: str, features: int = FEATURES) -> FrontEnd:
+    """A session with features and memory; no ring yet."""
+    guest = FrontEnd(path)
+    guest.negotiate(features, EVERYTHING)
+    guest.set_mem_table()
+    return guest
+
+
+def offer_read(guest: FrontEnd, queue: Queue) -> int:
+    """Asks for a sector; returns where it will be."""
+    gpa = guest.allocate(4096)
+    guest.memory.write(gpa, struct.pack("<IIQ", 0, 0, 0) + b"\xee" * 513)
+    queue.ring.add([(gpa, 16)], [(gpa + 16, 512), (gpa + 528, 1)])
+    queue.ring.kick()
+    return gpa + 16
+
+
+def hang(guest: FrontEnd, disk: Disk) -> None:
+    """Starts all rings; each has a request under way that is not answered."""
+    for index in range(RINGS):
+        offer_read(guest, guest.start_queue(index, 64))
+    eventually(lambda: all(queue["inflight"] for queue in disk.status()["queues"]))
+
+
+def disconnected(server: Server) -> None:
+    """The session has been cleared away."""
+    eventually(lambda: server.connection is None, "the session's end")
+
+
+def watched() -> Counter:
+    """What this process's epoll fds look at, by the number it had and its inode."""
+    found: Counter = Counter()
+    for name in open_fds():
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") != "anon_inode:[eventpoll]":
+                continue
+            with open(f"/proc/self/fdinfo/{name}") as info:
+                lines = [line.split() for line in info if line.startswith("tfd:")]
+        except FileNotFoundError:
+            continue
+        found.update((name, line[1], *line[-3:]) for line in lines)
+    return found
+
+
+# Notification fds --------------------------------------------------------------------------
+
+
+def test_the_call_fd_whose_successor_was_refused_serves_what_was_under_way(
+    hung_disk, gate, path, pipe
+):
+    server = Server(hung_disk, path=path)
+    with serving(server):
+        gc.collect()  # what earlier tests left would go at any time
+        before = open_fds()
+        with connect(path) as guest:
+            hang(guest, hung_disk)
+            while guest.queues[1].wait(0):
+                pass
+            guest.send_raw(encode(R.SET_VRING_CALL, VringFile(1, True)), [pipe])
+            eventually(lambda: server.connection.session.ended)
+            gate.open()
+            assert guest.queues[1].wait()
+            disconnected(server)
+        assert open_fds() == before
+
+
+@pytest.mark.parametrize("kind", ["net", "blk"])
+def test_a_port_serves_again_with_the_kick_fd_whose_successor_was_refused(
+    kind, disk, workers, path, pipe
+):
+    device, index = (NetDevice("net", Switch(workers)), 1) if kind == "net" else (disk, 0)
+    server = Server(device, path=path)
+    with serving(server), eventfd() as kick:
+        before = watched()
+        for _ in range(3):
+            with Attacker(path, index, start=False) as guest:
+                guest.queue.kick = OwnedFd(os.dup(kick.fileno()))
+                guest.start()
+                if kind == "net":
+                    guest.send()
+                else:
+                    assert guest.request() == 0
+                with pytest.raises(Refused):
+                    guest.end.request(R.SET_VRING_KICK, VringFile(index, True), [pipe])
+                disconnected(server)
+            # Not what the worker would have to look at for ever, since we keep the file.
+            eventually(lambda: watched() == before, f"{before}, {watched()} now")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_an_error_fd_that_is_a_file_is_refused_and_the_file_left_alone(
+    started, disk, path, tmp_path
+):
+    server, file = Server(disk, path=path), tmp_path / "file"
+    file.write_text("precious data")
+    with serving(server), file.open("r+b") as opened, Attacker(path, start=started) as guest:
+        with pytest.raises(Refused):
+            guest.end.request(R.SET_VRING_ERR, VringFile(0, True), [opened.fileno()])
+            assert not started
+            guest.start()
+        assert guest.end.hung_up()
+        disconnected(server)
+    assert file.read_text() == "precious data"
+
+
+# Dirty log ---------------------------------------------------------------------------------
+
+
+def test_a_ring_of_a_guest_that_migrates_starts_when_its_log_is_there(disk, path):
+    """QEMU sends SET_LOG_BASE behind the kick fds when it connects in the middle of one."""
+    server = Server(disk, path=path)
+    with serving(server), connect(path, FEATURES | LOG_ALL) as guest:
+        queue = guest.start_queue(0, 64)
+        data = offer_read(guest, queue)
+        guest.get_features()
+        assert server.connection.plane.rings == {}
+        with OwnedFd(os.memfd_create("log")) as log:
+            os.ftruncate(log.fileno(), 4096)
+            guest.set_log(log, 4096)
+            queue.wait_used()
+            assert DirtyLog(log.fileno(), 0, 4096).pages() == [data >> 12]
+        assert guest.memory.read(data, 513) == bytes(513)
+
+
+def test_the_log_is_forgotten_when_the_migration_ends(disk, path):
+    server = Server(disk, path=path)
+    with serving(server), connect(path, FEATURES | LOG_ALL) as guest:
+        with OwnedFd(os.memfd_create("log")) as log:
+            os.ftruncate(log.fileno(), 4096)
+            guest.set_log(log, 4096)
+        plane = server.connection.plane
+        assert plane.log is not None
+        features = guest.features
+        guest.set_features(features & ~LOG_ALL)
+        assert plane.log is None
+        guest.set_features(features)
+        guest.start_queue(0, 64)
+        assert plane.rings == {}
+
+
+# The end of a session ----------------------------------------------------------------------
+
+
+def test_hung_rings_are_waited_for_all_at_once(hung_disk, gate, path, monkeypatch, caplog):
+    monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
+    drain, waiting, most = hung_disk.ring_drain, 0, 0
+
+    async def counted(index: int, deadline_s: float) -> bool:
+        nonlocal waiting, most
+        waiting += 1
+        most = max(most, waiting)
+        try:
+            return await drain(index, deadline_s)
+        finally:
+            waiting -= 1
+
+    monkeypatch.setattr(hung_disk, "ring_drain", counted)
+    server = Server(hung_disk, path=path)
+    with serving(server):
+        with connect(path) as guest:
+            hang(guest, hung_disk)
+        disconnected(server)
+        assert most == RINGS
+        assert caplog.text.count("requests still under way after") == RINGS
+        # One table of memory is one line, however many rings were in it.
+        assert caplog.text.count("requests still use guest memory") == 1
+        gate.open()
+        with connect(path) as guest:
+            queue = guest.start_queue(0, 64)
+            offer_read(guest, queue)
+            queue.wait_used()
+
+
+@pytest.mark.parametrize("how", ["stopping a ring", "after hanging up", "in a hurry"])
+def test_a_server_that_closes_while_rings_drain_leaves_none_behind(
+    how, hung_disk, gate, path, monkeypatch
+):
+    monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.3)
+    server = Server(hung_disk, path=path)
+
+    async def close_impatiently() -> None:
+        """As whoever gives up to wait for the end: cancelled again and again meanwhile."""
+        closing = asyncio.ensure_future(server.close())
+        for _ in range(10):
+            await asyncio.sleep(0)
+            closing.cancel()
+        await asyncio.wait([closing])
+        await asyncio.wait([server._task])
+
+    with serving(server) as loop, connect(path) as guest:
+        hang(guest, hung_disk)
+        connection = server.connection
+        virtqueues = [ring.virtqueue for ring in connection.plane.rings.values()]
+        draining = []
+        drain = hung_disk.ring_drain
+
+        def noted(index, deadline_s):
+            draining.append(index)
+            return drain(index, deadline_s)
+
+        monkeypatch.setattr(hung_disk, "ring_drain", noted)
+        if how == "stopping a ring":
+            guest.send_raw(encode(R.GET_VRING_BASE, VringState(0, 0)))
+        else:
+            guest.close()
+        eventually(lambda: draining)
+        loop.run(close_impatiently() if how == "in a hurry" else server.close())
+        assert not any(virtqueue.live for virtqueue in virtqueues)
+        assert not any(queue["running"] for queue in hung_disk.status()["queues"])
+        assert connection.sock.fileno() == -1
+        assert all(ring.call is None and ring.kick is None for ring in connection.session.rings)
+        gate.open()
+        eventually(lambda: not hung_disk.status()["hung_requests"])
+
+
+def test_a_ring_whose_device_fails_to_drain_it_is_taken_away_all_the_same(
+    disk, path, monkeypatch, caplog
+):
+    async def defect(index: int, deadline_s: float) -> bool:
+        raise RuntimeError("cannot drain")
+
+    server = Server(disk, path=path)
+    with serving(server):
+        with connect(path) as guest:
+            guest.start_queue(0, 64)
+            virtqueue = server.connection.plane.rings[0].virtqueue
+            monkeypatch.setattr(disk, "ring_drain", defect)
+        disconnected(server)
+        assert not virtqueue.live
+        assert "cannot drain" in caplog.text
+        monkeypatch.undo()
+        with Attacker(path) as guest:
+            assert guest.request() == 0
+
+
+# Between sessions --------------------------------------------------------------------------
+
+
+def test_a_guests_choice_of_write_through_outlives_a_reconnect(disk, path):
+    server = Server(disk, path=path)
+    with serving(server):
+        with connect(path) as guest:
+            guest.set_config(WRITEBACK_OFFSET, b"\0")
+            assert not disk.status()["write_cache"]
+        disconnected(server)
+        with connect(path) as guest:
+            guest.get_features()
+            assert not disk.status()["write_cache"]
+            assert guest.get_config(WRITEBACK_OFFSET, 1) == b"\0"
