@@ -8,16 +8,23 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 
 from vhostpy._chain cimport BURST
+from vhostpy._packed cimport (
+    packed_add, packed_add_burst, packed_add_table, packed_collect, packed_driver_arm,
+    packed_driver_disarm, packed_driver_publish, packed_driver_start,
+)
 from vhostpy._spec cimport DescriptorFlag, Feature
 from vhostpy._split cimport (
-    split_add, split_add_table, split_collect, split_driver_arm, split_driver_disarm,
+    split_add, split_add_burst, split_add_table, split_collect, split_driver_arm, split_driver_disarm,
     split_driver_publish, split_driver_start,
 )
 from vhostpy.memory cimport translate
 from vhostpy.notify cimport signal_eventfd
 
+import struct
+
 from vhostpy.errors import ProtocolError
-from vhostpy.layout import alignments_of, check_size, sizes_of
+from vhostpy.layout import (alignments_of, check_base, check_size, first_base, is_packed,
+                            sizes_of)
 
 
 cdef uint8_t *whole_of(GuestMemory memory, uint64_t gpa, uint64_t length) except NULL:
@@ -28,6 +35,21 @@ cdef uint8_t *whole_of(GuestMemory memory, uint64_t gpa, uint64_t length) except
     return segment.hva
 
 
+def table_of(readable, writable, packed: bool) -> bytes:
+    """An indirect table of these pieces."""
+    count = len(readable) + len(writable)
+    entries = []
+    for i, (gpa, length) in enumerate([*readable, *writable]):
+        flags = DescriptorFlag.DESC_WRITE if i >= len(readable) else 0
+        next = (i + 1) % count
+        if packed:
+            entries.append(struct.pack("<QIHH", gpa, length, 0, flags))
+        else:
+            flags |= DescriptorFlag.DESC_NEXT if next else 0
+            entries.append(struct.pack("<QIHH", gpa, length, flags, next))
+    return b"".join(entries)
+
+
 @cython.final
 cdef class DriverVirtqueue:
     """The driver's end of one virtqueue, which it lays out anew in `memory`.
@@ -36,22 +58,29 @@ cdef class DriverVirtqueue:
     """
 
     def __cinit__(self, GuestMemory memory not None, object size, object features, *,
-                  object desc_gpa, object avail_gpa, object used_gpa, object base=0,
-                  int kick_fd=-1):
+                  object desc_gpa, object avail_gpa, object used_gpa, object base=None,
+                  int kick_fd=-1, bint fifo=False):
         cdef DriverRing *ring
         cdef uint32_t i
         check_size(size, features)
+        base = first_base(features) if base is None else base
+        check_base(base, size, features)
         self.ring = ring = <DriverRing *>calloc(1, sizeof(DriverRing))
         if ring == NULL:
             raise MemoryError
-        ring.size = ring.free_count = size
+        ring.size = ring.free_count = ring.free_ids = size
         ring.links = <uint16_t *>calloc(ring.size, sizeof(uint16_t))
         ring.counts = <uint16_t *>calloc(ring.size, sizeof(uint16_t))
-        if ring.links == NULL or ring.counts == NULL:
+        ring.rooms = <uint32_t *>calloc(ring.size, sizeof(uint32_t))
+        if ring.links == NULL or ring.counts == NULL or ring.rooms == NULL:
             raise MemoryError
         self.memory = memory
         self.features = features
+        ring.packed = features >> Feature.RING_PACKED & 1
+        ring.in_order = features >> Feature.IN_ORDER & 1
         ring.event_idx = features >> Feature.EVENT_IDX & 1
+        # With IN_ORDER descriptors are used in ring order.
+        ring.fifo = fifo or ring.in_order
         ring.kick_fd = kick_fd
         lengths = sizes_of(size, features)
         for gpa, length, alignment in zip(
@@ -65,25 +94,44 @@ cdef class DriverVirtqueue:
         ring.used = whole_of(memory, used_gpa, lengths[2])
         for i in range(ring.size):
             ring.links[i] = <uint16_t>(i + 1)
-        split_driver_start(ring, base)
-        split_driver_arm(ring)
+        ring.free_tail = <uint16_t>(ring.size - 1)
+        if ring.packed:
+            packed_driver_start(ring, base)
+        else:
+            split_driver_start(ring, base)
+        self.arm()
 
     def __dealloc__(self):
         if self.ring != NULL:
             free(self.ring.links)
             free(self.ring.counts)
+            free(self.ring.rooms)
             free(self.ring)
 
     cdef int add_chain(self, const Segment *pieces, int readable, int writable) noexcept nogil:
+        if self.ring.packed:
+            return packed_add(self.ring, pieces, readable, writable)
         return split_add(self.ring, pieces, readable, writable)
 
-    cdef int add_table(self, uint64_t gpa, uint32_t length) noexcept nogil:
-        return split_add_table(self.ring, gpa, length)
+    cdef int add_table(self, uint64_t gpa, uint32_t length, uint32_t writable) noexcept nogil:
+        if self.ring.packed:
+            return packed_add_table(self.ring, gpa, length, writable)
+        return split_add_table(self.ring, gpa, length, writable)
+
+    cdef int add_burst(self, const Segment *pieces, int count, bint writable,
+                       uint16_t *ids) noexcept nogil:
+        if self.ring.packed:
+            return packed_add_burst(self.ring, pieces, count, writable, ids)
+        return split_add_burst(self.ring, pieces, count, writable, ids)
 
     cdef bint publish(self) noexcept nogil:
+        if self.ring.packed:
+            return packed_driver_publish(self.ring)
         return split_driver_publish(self.ring)
 
     cdef int collect(self, UsedEntry *out, int limit) noexcept nogil:
+        if self.ring.packed:
+            return packed_collect(self.ring, out, limit)
         return split_collect(self.ring, out, limit)
 
     # Doors. ------------------------------------------------------------------------------
@@ -91,7 +139,7 @@ cdef class DriverVirtqueue:
     @staticmethod
     def ring_bytes(size: int) -> tuple[int, int, int]:
         """Bytes of the three parts, whatever will be negotiated."""
-        return sizes_of(size, 1 << Feature.EVENT_IDX)
+        return sizes_of(size, 1 << Feature.EVENT_IDX)    # a packed ring needs less
 
     @property
     def size(self) -> int:
@@ -104,7 +152,9 @@ cdef class DriverVirtqueue:
 
     @property
     def base(self) -> int:
-        """The next avail index."""
+        """Where the ring goes on, as Virtqueue.base; all of it was used."""
+        if self.ring.packed:
+            return self.ring.avail_next | <uint32_t>self.ring.last_used << 16
         return self.ring.avail_next
 
     def add(self, readable, writable, indirect_gpa=None) -> int:
@@ -117,16 +167,9 @@ cdef class DriverVirtqueue:
         if count == 0:
             raise ValueError("a chain without a piece")
         if indirect_gpa is not None:
-            table = b"".join([
-                gpa.to_bytes(8, "little") + length.to_bytes(4, "little")
-                + ((DescriptorFlag.DESC_NEXT if i + 1 < count else 0)
-                   | (DescriptorFlag.DESC_WRITE if i >= len(readable) else 0)
-                   ).to_bytes(2, "little")
-                + ((i + 1) % count).to_bytes(2, "little")
-                for i, (gpa, length) in enumerate([*readable, *writable])
-            ])
+            table = table_of(readable, writable, is_packed(self.features))
             self.memory.write(indirect_gpa, table)
-            head = self.add_table(indirect_gpa, len(table))
+            head = self.add_table(indirect_gpa, len(table), sum(n for _, n in writable))
         else:
             pieces = <Segment *>calloc(count, sizeof(Segment))
             if pieces == NULL:
@@ -140,6 +183,20 @@ cdef class DriverVirtqueue:
         if head < 0:
             raise BufferError(f"a chain of {count}, {self.ring.free_count} descriptors are free")
         return head
+
+    def add_many(self, pieces, bint writable) -> list:
+        """Adds (GPA, length) pieces, each a chain, while descriptors are free; their ids."""
+        cdef Segment burst[BURST]
+        cdef uint16_t ids[BURST]
+        cdef int count, i
+        result = []
+        for start in range(0, len(pieces), BURST):
+            part = pieces[start:start + BURST]
+            for i, (gpa, length) in enumerate(part):
+                burst[i].gpa, burst[i].length = gpa, length
+            count = self.add_burst(burst, len(part), writable, ids)
+            result += [ids[i] for i in range(count)]
+        return result
 
     def kick(self, *, bint force=False) -> bool:
         """Publishes what was added; kicks if the device asks for it, and says whether."""
@@ -165,8 +222,13 @@ cdef class DriverVirtqueue:
 
     def arm(self) -> bool:
         """Asks for calls; True when used chains are there already."""
+        if self.ring.packed:
+            return packed_driver_arm(self.ring)
         return split_driver_arm(self.ring)
 
     def disarm(self) -> None:
         """Wants no calls."""
-        split_driver_disarm(self.ring)
+        if self.ring.packed:
+            packed_driver_disarm(self.ring)
+        else:
+            split_driver_disarm(self.ring)

@@ -13,6 +13,10 @@ from libc.string cimport memset
 
 from vhostpy._ends cimport WorkerSide, call_driver, log_collect, log_flush
 from vhostpy._hw cimport load_acquire_u32, store_release_u32
+from vhostpy._packed cimport (
+    packed_arm, packed_disarm, packed_distance, packed_pop, packed_publish, packed_push,
+    packed_rewind, packed_start,
+)
 from vhostpy._spec cimport Feature
 from vhostpy._split cimport (
     split_arm, split_disarm, split_pop, split_publish, split_push, split_start,
@@ -22,7 +26,8 @@ from typing import NamedTuple
 
 from vhostpy import _chain, _driver
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.layout import PART_NAMES, alignments_of, check_size, sizes_of
+from vhostpy.layout import (alignments_of, check_base, check_size, first_base, part_names,
+                            sizes_of)
 
 # Python's names for what the .pxd takes from there (`import` can't say it: they are types).
 globals().update(ChainFault=_chain.ChainFault, DriverVirtqueue=_driver.DriverVirtqueue)
@@ -44,6 +49,15 @@ class Taken(NamedTuple):
     readable: list
     writable: list
     fault: int
+    slots: int = 1
+
+
+def gpa_of(memory: GuestMemory, uva: int) -> int:
+    """The guest's address of a front-end address that is in one of the regions."""
+    for region in memory.regions:
+        if 0 <= uva - region.uva < region.size:
+            return region.gpa + uva - region.uva
+    raise ProtocolError(f"{uva:#x} is in no memory region")
 
 
 cdef object taken_of(const Chain *chain):
@@ -51,7 +65,7 @@ cdef object taken_of(const Chain *chain):
     pieces = [(chain.segments[i].gpa, chain.segments[i].length)
               for i in range(chain.readable + chain.writable)]
     return Taken(chain.id, pieces[:chain.readable], pieces[chain.readable:],
-                 ChainFault(chain.fault))
+                 ChainFault(chain.fault), chain.slots)
 
 
 @cython.final
@@ -64,7 +78,7 @@ cdef class Virtqueue:
     """
 
     def __cinit__(self, GuestMemory memory not None, object size, object features, *,
-                  object desc_uva, object avail_uva, object used_uva, object base=0,
+                  object desc_uva, object avail_uva, object used_uva, object base=None,
                   int call_fd=-1, DirtyLog log=None, object used_log_gpa=None):
         check_size(size, features)
         self.ring = <Ring *>aligned_alloc(64, (sizeof(Ring) + 63) & ~63)
@@ -73,12 +87,14 @@ cdef class Virtqueue:
         memset(self.ring, 0, sizeof(Ring))
         self.ring.control.size = size
         self.features = features
+        self.ring.control.packed = features >> Feature.RING_PACKED & 1
+        self.ring.control.in_order = features >> Feature.IN_ORDER & 1
         self.ring.control.event_idx = features >> Feature.EVENT_IDX & 1
         self.ring.control.indirect = features >> Feature.INDIRECT_DESC & 1
         self.ring.control.call_fd = call_fd
         self._place(memory, (desc_uva, avail_uva, used_uva))
         self.set_log(log, used_log_gpa)
-        self.base = base
+        self.base = first_base(features) if base is None else base
 
     def __dealloc__(self):
         free(self.ring)
@@ -90,24 +106,41 @@ cdef class Virtqueue:
         return load_acquire_u32(&self.ring.control.live)
 
     cdef int pop(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
-        cdef int count = split_pop(self.ring, chains, limit, scratch)
+        cdef int count
+        if self.ring.control.packed:
+            count = packed_pop(self.ring, chains, limit, scratch)
+        else:
+            count = split_pop(self.ring, chains, limit, scratch)
         if count > 0:
             self.inflight += count
         return count
 
     cdef void rewind(self, const Chain *chains, int count) noexcept nogil:
-        self.ring.worker.last_avail = <uint16_t>(self.ring.worker.last_avail - count)
+        cdef WorkerSide *worker = &self.ring.worker
+        if self.ring.control.packed:
+            packed_rewind(self.ring, chains, count)
+        else:
+            worker.last_avail = <uint16_t>(worker.last_avail - count)
         self.inflight -= count
 
     cdef void push(self, const Chain *chains, const uint32_t *written, int count) noexcept nogil:
-        split_push(self.ring, chains, written, count)
+        if self.ring.control.packed:
+            packed_push(self.ring, chains, written, count)
+        else:
+            split_push(self.ring, chains, written, count)
         self.inflight -= count
 
     cdef void publish(self) noexcept nogil:
-        split_publish(self.ring)
+        if self.ring.control.packed:
+            packed_publish(self.ring)
+        else:
+            split_publish(self.ring)
 
     cdef uint32_t unpublished(self) noexcept nogil:
-        return <uint16_t>(self.ring.worker.used_next - self.ring.worker.used_idx)
+        cdef WorkerSide *worker = &self.ring.worker
+        if self.ring.control.packed:
+            return packed_distance(worker.used_idx, worker.used_next, self.ring.control.size)
+        return <uint16_t>(worker.used_next - worker.used_idx)
 
     cdef void log_written(self, const Segment *segments, int count) noexcept nogil:
         cdef int i
@@ -122,10 +155,13 @@ cdef class Virtqueue:
         return self.ring.control.size
 
     cdef bint arm(self) noexcept nogil:
-        return split_arm(self.ring)
+        return packed_arm(self.ring) if self.ring.control.packed else split_arm(self.ring)
 
     cdef void disarm(self) noexcept nogil:
-        split_disarm(self.ring)
+        if self.ring.control.packed:
+            packed_disarm(self.ring)
+        else:
+            split_disarm(self.ring)
 
     # Control's side. ---------------------------------------------------------------------
 
@@ -139,20 +175,26 @@ cdef class Virtqueue:
 
     @property
     def base(self) -> int:
-        """Index of the next chain to take; setting it starts the ring anew from there.
+        """Where the ring goes on, as GET_VRING_BASE tells it; setting it starts it anew there.
 
-        Used entries go on where the driver's own used.idx stands. A lie there, or a base
-        that does not fit it, harms only the driver: indexes are masked.
+        Split: the next avail index; used entries go on where the driver's own used.idx
+        stands. Packed: position of the next chain in bits 0-15, of the next used descriptor
+        in bits 16-31. A lie harms only the driver: indexes stay in the ring.
         """
-        return self.ring.worker.last_avail
+        cdef WorkerSide *worker = &self.ring.worker
+        if self.ring.control.packed:
+            return worker.last_avail | <uint32_t>worker.used_idx << 16
+        return worker.last_avail
 
     @base.setter
     def base(self, value):
         cdef WorkerSide *worker = &self.ring.worker
         self._want_held()
-        if not 0 <= value <= 0xffff:
-            raise ProtocolError(f"vring base {value}: beyond 65535")
-        split_start(self.ring, value)
+        check_base(value, self.ring.control.size, self.features)
+        if self.ring.control.packed:
+            packed_start(self.ring, value)
+        else:
+            split_start(self.ring, value)
         worker.signalled_valid = 0
         worker.kicks_wanted = 1
         worker.broken = 0
@@ -176,6 +218,7 @@ cdef class Virtqueue:
 
     @property
     def used_index(self) -> int:
+        """Up to where the driver sees used entries; packed: a position."""
         return self.ring.worker.used_idx
 
     @property
@@ -210,7 +253,7 @@ cdef class Virtqueue:
         self.ring.worker.logged = 0
         self.log = log
         self.ring.control.log = &log.map if log is not None else NULL
-        self.ring.control.used_log_gpa = gpa
+        self.ring.used_log_gpa = gpa
         self.ring.control.log_used = log is not None and used_log_gpa is not None
 
     def set_call(self, int fd) -> None:
@@ -235,7 +278,7 @@ cdef class Virtqueue:
         cdef uint64_t uva, length
         cdef uint8_t *parts[3]
         cdef int i
-        names, alignments = PART_NAMES, alignments_of(self.features)
+        names, alignments = part_names(self.features), alignments_of(self.features)
         lengths = sizes_of(self.ring.control.size, self.features)
         for i in range(3):
             if not 0 <= uvas[i] < 1 << 64:
@@ -251,6 +294,7 @@ cdef class Virtqueue:
                 raise ProtocolError(f"{names[i]} at {uva:#x}: not aligned to {alignments[i]}")
         self.ring.control.desc, self.ring.control.avail = parts[0], parts[1]
         self.ring.control.used = parts[2]
+        self.ring.desc_log_gpa = gpa_of(memory, uvas[0])
         self.ring.control.map = &memory.map
         self.ring.worker.hint = 0
         self.ring.worker.signalled_valid = 0
@@ -279,22 +323,38 @@ cdef class Virtqueue:
         finally:
             free(scratch.segments)
 
-    def put_back(self, int count) -> None:
-        """Un-takes the youngest `count` chains."""
-        if not 0 <= count <= self.inflight:
-            raise ValueError(f"{count} chains to put back, {self.inflight} are out")
-        self.rewind(NULL, count)
+    def put_back(self, chains) -> None:
+        """Un-takes the youngest chains, which these are."""
+        cdef Chain chain
+        if len(chains) > self.inflight:
+            raise ValueError(f"{len(chains)} chains to put back, {self.inflight} are out")
+        memset(&chain, 0, sizeof(chain))
+        for taken in chains:
+            chain.slots = taken.slots
+            self.rewind(&chain, 1)
 
     def give(self, items, *, bint publish=True) -> None:
-        """Gives chains back: (taken or id, bytes written) pairs."""
+        """Gives chains back: (taken, bytes written) pairs."""
         cdef Chain chain
         cdef uint32_t written
-        for item, count in items:
-            memset(&chain, 0, sizeof(chain))
-            chain.id = item if isinstance(item, int) else item.id
-            chain.slots = 1
+        memset(&chain, 0, sizeof(chain))
+        for taken, count in items:
+            chain.id, chain.slots = taken.id, taken.slots
             written = count
             self.push(&chain, &written, 1)
+        if publish:
+            self.publish_pushed()
+
+    def release(self, chains, *, bint publish=True) -> None:
+        """Gives chains back at once, nothing written: with IN_ORDER by one used entry."""
+        cdef Chain burst[BURST]
+        cdef int count = len(chains), i
+        if count > BURST:
+            raise ValueError(f"{count} chains, at most {BURST}")
+        memset(burst, 0, sizeof(burst))
+        for i in range(count):
+            burst[i].id, burst[i].slots = chains[i].id, chains[i].slots
+        self.push(burst, NULL, count)
         if publish:
             self.publish_pushed()
 

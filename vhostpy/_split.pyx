@@ -4,7 +4,7 @@ Called once per burst by `Virtqueue` and `DriverVirtqueue`, whose contracts say 
 do. The other end is hostile: whatever lies in shared memory is read once, checked, and
 only the copy is used. Source: virtio 1.3, "Split Virtqueues".
 """
-from vhostpy._ends cimport break_ring, call_driver, log_flush
+from vhostpy._ends cimport break_ring, call_driver, log_flush, next_in_order, release_ids
 from vhostpy._chain cimport (
     CHAIN_BAD_INDEX, CHAIN_OK, CHAIN_TOO_LONG, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX,
     WALK_STOP, Descriptor, Walk, split_descriptor, take_plain, walk_begin, walk_end,
@@ -60,7 +60,7 @@ cdef int split_walk(Ring *ring, Walk *walk, Descriptor descriptor) noexcept nogi
 
 
 cdef inline void split_log_used(Ring *ring, uint32_t offset, uint32_t length) noexcept nogil:
-    log_mark(ring.control.log, ring.control.used_log_gpa + offset, length)
+    log_mark(ring.control.log, ring.used_log_gpa + offset, length)
 
 
 cdef void split_set_used_flags(Ring *ring, uint16_t flags) noexcept nogil:
@@ -191,6 +191,11 @@ cdef void split_push(Ring *ring, const Chain *chains, const uint32_t *written,
     cdef uint64_t entry
     cdef uint8_t *where
     cdef int i
+    if ring.control.in_order and written == NULL and count > 0:
+        # One entry tells of all: virtio 1.3, "In-order use of descriptors".
+        write_once_u64(entries + USED_ENTRY * (at & mask), chains[count - 1].id)
+        ring.worker.used_next = <uint16_t>(at + count)
+        return
     for i in range(count):
         entry = chains[i].id
         if written != NULL:
@@ -253,10 +258,13 @@ cdef inline void store_descriptor(uint8_t *where, uint64_t gpa, uint32_t length,
     write_once_u64(where + 8, length | <uint64_t>flags << 32 | <uint64_t>next << 48)
 
 
-cdef inline void split_offer(DriverRing *ring, uint16_t head, int count) noexcept nogil:
-    # Makes a chain of `count` free descriptors, the first is `head`, an avail entry.
+cdef inline void split_offer(DriverRing *ring, uint16_t head, uint16_t next,
+                             int count) noexcept nogil:
+    # Makes a chain of `count` free descriptors, from `head` to before `next`, an avail entry.
+    ring.free_head = next
     ring.counts[head] = count
     ring.free_count -= count
+    ring.free_ids -= count
     write_once_u16(ring.avail + RING_ENTRIES + AVAIL_ENTRY * (ring.avail_next & (ring.size - 1)),
                    head)
     ring.avail_next += 1
@@ -268,27 +276,55 @@ cdef int split_add(DriverRing *ring, const Segment *pieces, int readable,
     cdef uint16_t head = ring.free_head, at = head, flags
     if count <= 0 or <uint32_t>count > ring.free_count:
         return -1
+    ring.rooms[head] = 0
     for i in range(count):
         flags = DescriptorFlag.DESC_WRITE if i >= readable else 0
+        if i >= readable:
+            ring.rooms[head] += pieces[i].length
         if i + 1 < count:
             flags |= DescriptorFlag.DESC_NEXT
         store_descriptor(ring.desc + DESCRIPTOR_SIZE * at, pieces[i].gpa, pieces[i].length,
                          flags, ring.links[at] if i + 1 < count else 0)
         at = ring.links[at]
-    ring.free_head = at
-    split_offer(ring, head, count)
+    split_offer(ring, head, at, count)
     return head
 
 
-cdef int split_add_table(DriverRing *ring, uint64_t gpa, uint32_t length) noexcept nogil:
+cdef int split_add_table(DriverRing *ring, uint64_t gpa, uint32_t length,
+                         uint32_t writable) noexcept nogil:
     cdef uint16_t head = ring.free_head
     if ring.free_count == 0:
         return -1
     store_descriptor(ring.desc + DESCRIPTOR_SIZE * head, gpa, length,
                      DescriptorFlag.DESC_INDIRECT, 0)
-    ring.free_head = ring.links[head]
-    split_offer(ring, head, 1)
+    ring.rooms[head] = writable
+    split_offer(ring, head, ring.links[head], 1)
     return head
+
+
+cdef int split_add_burst(DriverRing *ring, const Segment *pieces, int count, bint writable,
+                         uint16_t *ids) noexcept nogil:
+    cdef uint8_t *entries = ring.avail + RING_ENTRIES
+    cdef uint32_t mask = ring.size - 1
+    cdef uint16_t at = ring.free_head, next = ring.avail_next
+    cdef uint16_t flags = DescriptorFlag.DESC_WRITE if writable else 0
+    cdef int i
+    count = min(count, <int>ring.free_count)
+    for i in range(count):
+        store_descriptor(ring.desc + DESCRIPTOR_SIZE * at, pieces[i].gpa, pieces[i].length,
+                         flags, 0)
+        write_once_u16(entries + AVAIL_ENTRY * (next & mask), at)
+        ring.counts[at] = 1
+        ring.rooms[at] = pieces[i].length if writable else 0
+        if ids != NULL:
+            ids[i] = at
+        at = ring.links[at]
+        next += 1
+    ring.free_head = at
+    ring.free_count -= count
+    ring.free_ids -= count
+    ring.avail_next = next
+    return count
 
 
 cdef bint split_driver_publish(DriverRing *ring) noexcept nogil:
@@ -308,7 +344,7 @@ cdef bint split_driver_publish(DriverRing *ring) noexcept nogil:
 
 cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil:
     cdef uint16_t ready = <uint16_t>(ring.used_idx - ring.last_used)
-    cdef uint32_t mask = ring.size - 1, head
+    cdef uint32_t mask = ring.size - 1, id = 0, length = 0, pieces
     cdef uint16_t tail
     cdef uint64_t entry
     cdef int count = 0
@@ -321,21 +357,26 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
         if ready > ring.size:
             ring.broken = 1
             return RING_BROKEN
-    while count < min(<int>ready, limit):
-        entry = read_once_u64(ring.used + RING_ENTRIES + USED_ENTRY * (ring.last_used & mask))
-        head = <uint32_t>entry
-        if head >= ring.size or ring.counts[head] == 0:
-            ring.broken = 1      # a chain that the device does not have
-            return count if count else RING_BROKEN
-        tail = head
-        for _ in range(ring.counts[head] - 1):
+    limit = min(limit, <int>ready)
+    while count < limit:
+        if not ring.in_batch:
+            entry = read_once_u64(ring.used + RING_ENTRIES + USED_ENTRY * (ring.last_used & mask))
+            id = <uint32_t>entry
+            length = <uint32_t>(entry >> 32)
+            if id >= ring.size or ring.counts[id] == 0:
+                ring.broken = 1      # a chain that the device does not have
+                return count if count else RING_BROKEN
+        if ring.in_order:
+            next_in_order(ring, &id, &length)
+        pieces = ring.counts[id]
+        tail = <uint16_t>id
+        for _ in range(pieces - 1):
             tail = ring.links[tail]
-        ring.links[tail] = ring.free_head
-        ring.free_head = head
-        ring.free_count += ring.counts[head]
-        ring.counts[head] = 0
-        out[count].id = head
-        out[count].length = <uint32_t>(entry >> 32)
+        release_ids(ring, <uint16_t>id, tail, pieces)
+        ring.free_count += pieces
+        ring.counts[id] = 0
+        out[count].id = id
+        out[count].length = length
         ring.last_used += 1
         count += 1
     return count
