@@ -645,9 +645,7 @@ def test_the_exact_sizes_are_enough(layout, event_idx):
             places = [UVA, UVA + 65536, UVA + 131072]
             places[part] = ends[part] // unit * unit
             names = ("desc_uva", "avail_uva", "used_uva")
-            Virtqueue(
-                rings.memory, 16, rings.features, **dict(zip(names, places, strict=True))
-            )
+            Virtqueue(rings.memory, 16, rings.features, **dict(zip(names, places, strict=True)))
         # Enough for any features.
         room = DriverVirtqueue.ring_bytes(16)
         assert room == (256, 38, 134)
