@@ -49,7 +49,7 @@ def base_of(layout: str, size: int, count: int) -> int:
 class Guest:
     """The guest's own view, with its hands free: raw descriptors, flags and indexes."""
 
-    def __init__(self, memory: GuestMemory, size: int, base: int) -> None:
+    def __init__(self, memory: GuestMemory, size: int, base: int = 0) -> None:
         self.memory = memory
         self.size = size
         self.restart(base)
@@ -337,4 +337,14 @@ def events(fd: int) -> int:
         return 0
 
 
-__all__ = ["Guest", "Offer", "Rings", "base_of", "events", "guest_memory", "sizes_of"]
+__all__ = [
+    "Guest",
+    "Offer",
+    "PackedGuest",
+    "Rings",
+    "SplitGuest",
+    "base_of",
+    "events",
+    "guest_memory",
+    "sizes_of",
+]

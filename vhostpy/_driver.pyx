@@ -14,8 +14,8 @@ from vhostpy._packed cimport (
 )
 from vhostpy._spec cimport DescriptorFlag, Feature
 from vhostpy._split cimport (
-    split_add, split_add_burst, split_add_table, split_collect, split_driver_arm, split_driver_disarm,
-    split_driver_publish, split_driver_start,
+    split_add, split_add_burst, split_add_table, split_collect, split_driver_arm,
+    split_driver_disarm, split_driver_publish, split_driver_start,
 )
 from vhostpy.memory cimport translate
 from vhostpy.notify cimport signal_eventfd
