@@ -1,7 +1,7 @@
 # Everything starts here: `make` lists the targets. Each installs what it needs first.
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
-BUILD  := $(PYTHON) setup.py -q build_ext --inplace --parallel 2
+BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace --parallel 2
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-long bench lint annotate debug clean distclean
@@ -42,7 +42,7 @@ lint:           ## ruff, mypy, cython-lint
 annotate:       ## Cython's HTML beside each module: a hot function is white
 	@tests/peers/install.sh build
 	@VHOSTPY_ANNOTATE=1 $(BUILD) --force
-	@find -L vhostpy -name '*.html'
+	@find -L vhostpy bench -name '*.html'
 
 debug:          ## the tests without guests, with Cython's checks, ASan and UBSan
 	@tests/peers/install.sh build
@@ -53,7 +53,7 @@ debug:          ## the tests without guests, with Cython's checks, ASan and UBSa
 
 clean:          ## removes what was built
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	@find vhostpy/ backends vswitch \( -name '*.c' -o -name '*.so' -o -name '*.html' \) -delete
+	@find vhostpy/ backends vswitch bench \( -name '*.c' -o -name '*.so' -o -name '*.html' \) -delete
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	@rm -f .venv/.built
 

@@ -1,7 +1,8 @@
 """Build of vhostpy's Cython modules; everything declarative is in pyproject.toml.
 
 VHOSTPY_ONLY=pattern builds just the modules whose path contains it,
-VHOSTPY_DEBUG=1 turns Cython's checks and the sanitizers on.
+VHOSTPY_DEBUG=1 turns Cython's checks and the sanitizers on, VHOSTPY_BENCH=1 builds what
+bench/ needs too (never installed).
 """
 
 import glob
@@ -35,9 +36,11 @@ DIRECTIVES = {
 
 def extensions():
     """One extension for each .pyx below vhostpy/, found through the two symlinks."""
-    sources = sorted(
-        path for path in glob.glob("vhostpy/**/*.pyx", recursive=True) if ONLY in path
-    )
+    patterns = ["vhostpy/**/*.pyx"]
+    if os.environ.get("VHOSTPY_BENCH") == "1":
+        patterns.append("bench/*.pyx")
+    found = [path for pattern in patterns for path in glob.glob(pattern, recursive=True)]
+    sources = sorted(path for path in found if ONLY in path)
     return [
         Extension(
             path.removesuffix(".pyx").replace("/", "."),

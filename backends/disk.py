@@ -94,6 +94,8 @@ class Disk:
     def features(self) -> int:
         bits = [
             *(Feature.VERSION_1, Feature.ANY_LAYOUT, Feature.INDIRECT_DESC, Feature.EVENT_IDX),
+            # Not IN_ORDER: requests come back in the order in which the storage is done.
+            Feature.RING_PACKED,
             *(Feature.LOG_ALL, Feature.PROTOCOL_FEATURES),
             *(Feature.BLK_SEG_MAX, Feature.BLK_BLK_SIZE, Feature.BLK_TOPOLOGY),
             *(Feature.BLK_FLUSH, Feature.BLK_CONFIG_WCE),

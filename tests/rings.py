@@ -12,9 +12,10 @@ from typing import Any, Self
 from vhostpy._ring import DriverVirtqueue, Virtqueue, sizes_of
 from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
 
-LAYOUTS = ["split"]
+LAYOUTS = ["split", "packed"]
 INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
-NEXT, WRITE, INDIRECT = 1, 2, 4
+RING_PACKED, IN_ORDER = 1 << 34, 1 << 35
+NEXT, WRITE, INDIRECT, AVAILABLE, IS_USED = 1, 2, 4, 1 << 7, 1 << 15
 
 GPA = 0x1_0000_0000
 BORDER = GPA + (2 << 20)  # the regions touch here
@@ -37,18 +38,83 @@ def guest_memory(fd: int) -> GuestMemory:
     )
 
 
-class Guest:
-    """The guest's own view, with its hands free: raw descriptors and indexes."""
+def base_of(layout: str, size: int, count: int) -> int:
+    """The base of a ring on which `count` descriptors were used."""
+    if layout == "split":
+        return count % 65536
+    position = count % size | (0 if count // size & 1 else 1 << 15)
+    return position << 16 | position
 
-    def __init__(self, memory: GuestMemory, size: int) -> None:
+
+class Guest:
+    """The guest's own view, with its hands free: raw descriptors, flags and indexes."""
+
+    def __init__(self, memory: GuestMemory, size: int, base: int = 0) -> None:
         self.memory = memory
         self.size = size
+        self.restart(base)
+
+    def restart(self, base: int) -> None:
+        """Goes on at `base`, whatever was before."""
+        raise NotImplementedError
+
+    def offer_chain(self, *pieces: tuple[int, int] | tuple[int, int, int], id: int = 0) -> None:
+        """Offers (GPA, length, flags) pieces as a chain; NEXT is set on all but the last."""
+        raise NotImplementedError
+
+    def write_table(self, gpa: int, *pieces: tuple[int, int] | tuple[int, int, int]) -> int:
+        """Writes an indirect table of the pieces; its size."""
+        raise NotImplementedError
+
+    def want_call_after(self, used_index: int, count: int) -> None:
+        """Wants to be called when the device uses the descriptor `count` behind that."""
+        raise NotImplementedError
+
+    def collect(self) -> list[tuple[int, int]]:
+        """(id, length) of what came back since the last time, without any check."""
+        raise NotImplementedError
 
     def descriptor(
         self, index: int, gpa: int, length: int, flags: int = 0, next: int = 0, table: int = DESC
     ) -> None:
         packed = struct.pack("<QIHH", gpa, length, flags, next)
         self.memory.write(table + 16 * index, packed)
+
+    def u16(self, gpa: int) -> int:
+        return int.from_bytes(self.memory.read(gpa, 2), "little")
+
+    def put_u16(self, gpa: int, value: int) -> None:
+        self.memory.write(gpa, value.to_bytes(2, "little"))
+
+
+class SplitGuest(Guest):
+    """Descriptors anywhere in the table, avail entries that name them."""
+
+    def restart(self, base: int) -> None:
+        self.seen = self.used_idx
+
+    def offer_chain(self, *pieces: tuple[int, int] | tuple[int, int, int], id: int = 0) -> None:
+        for i, (gpa, length, *flags) in enumerate(pieces):
+            more = NEXT if i + 1 < len(pieces) else 0
+            index, next = (id + i) % self.size, (id + i + 1) % self.size
+            self.descriptor(index, gpa, length, sum(flags) | more, next)
+        self.offer(id)
+
+    def write_table(self, gpa: int, *pieces: tuple[int, int] | tuple[int, int, int]) -> int:
+        for i, (piece, length, *flags) in enumerate(pieces):
+            more = NEXT if i + 1 < len(pieces) else 0
+            self.descriptor(i, piece, length, sum(flags) | more, i + 1, table=gpa)
+        return 16 * len(pieces)
+
+    def want_call_after(self, used_index: int, count: int) -> None:
+        self.put_u16(AVAIL + 4 + 2 * self.size, (used_index + count) % 65536)
+
+    def collect(self) -> list[tuple[int, int]]:
+        entries = []
+        while self.seen != self.used_idx:
+            entries.append(self.used(self.seen))
+            self.seen = (self.seen + 1) % 65536
+        return entries
 
     def offer(self, *heads: int, jump: int = 0) -> None:
         """Makes avail entries of `heads`; avail.idx goes `jump` further than that."""
@@ -66,11 +132,56 @@ class Guest:
     def used_idx(self) -> int:
         return self.u16(USED + 2)
 
-    def u16(self, gpa: int) -> int:
-        return int.from_bytes(self.memory.read(gpa, 2), "little")
 
-    def put_u16(self, gpa: int, value: int) -> None:
-        self.memory.write(gpa, value.to_bytes(2, "little"))
+class PackedGuest(Guest):
+    """Descriptors one after the other in the ring; a count of rounds gives their flags."""
+
+    def restart(self, base: int) -> None:
+        self.next, self.seen = (
+            (position & 0x7FFF) + (0 if position >> 15 else self.size)
+            for position in (base & 0xFFFF, base >> 16)
+        )
+        self.slots: dict[int, list[int]] = {}
+
+    def available(self) -> int:
+        """The flags of the next descriptor that the guest makes available."""
+        return IS_USED if self.next // self.size & 1 else AVAILABLE
+
+    def offer_chain(self, *pieces: tuple[int, int] | tuple[int, int, int], id: int = 0) -> None:
+        self.slots.setdefault(id, []).append(len(pieces))
+        written = []
+        for i, (gpa, length, *flags) in enumerate(pieces):
+            more = NEXT if i + 1 < len(pieces) else 0
+            word = sum(flags) & ~(AVAILABLE | IS_USED) | more | self.available()
+            written.append((self.next % self.size, gpa, length, id, word))
+            self.next += 1
+        for descriptor in reversed(written):
+            self.descriptor(*descriptor)
+
+    def write_table(self, gpa: int, *pieces: tuple[int, int] | tuple[int, int, int]) -> int:
+        for i, (piece, length, *flags) in enumerate(pieces):
+            self.descriptor(i, piece, length, 0, sum(flags), table=gpa)
+        return 16 * len(pieces)
+
+    def want_call_after(self, used_index: int, count: int) -> None:
+        index = (used_index & 0x7FFF) + count
+        wrap = used_index >> 15 ^ index // self.size & 1
+        self.memory.write(AVAIL, struct.pack("<HH", wrap << 15 | index % self.size, 2))
+
+    def collect(self) -> list[tuple[int, int]]:
+        entries = []
+        while self.seen < self.next:
+            where = DESC + 16 * (self.seen % self.size)
+            _, length, id, flags = struct.unpack("<QIHH", self.memory.read(where, 16))
+            both = 0 if self.seen // self.size & 1 else AVAILABLE | IS_USED
+            if flags & (AVAILABLE | IS_USED) != both:
+                break
+            entries.append((id, length if flags & WRITE else 0))
+            self.seen += self.slots[id].pop(0)
+        return entries
+
+
+GUESTS = {"split": SplitGuest, "packed": PackedGuest}
 
 
 class Rings:
@@ -82,19 +193,24 @@ class Rings:
         *,
         indirect: bool = True,
         event_idx: bool = False,
+        in_order: bool = False,
         size: int = 64,
-        base: int = 0,
+        used: int = 0,
+        fifo: bool = False,
     ) -> None:
-        assert layout in LAYOUTS
+        """`used`: so many descriptors went round before."""
+        self.layout = layout
         self.size = size
         self.features = VERSION_1 | indirect * INDIRECT_DESC | event_idx * EVENT_IDX
+        self.features |= in_order * IN_ORDER | (layout == "packed") * RING_PACKED
+        base = base_of(layout, size, used)
         self.fd = os.memfd_create("guest")
         os.truncate(self.fd, 4 << 20)
         self.kick_fd, self.call_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
-        self.guest = Guest(guest_memory(self.fd), size)
+        memory = guest_memory(self.fd)
         self.free = [BORDER - 1000 - 100 * CHUNK + CHUNK * i for i in range(CHUNKS // 2)]
         self.driver = DriverVirtqueue(
-            self.guest.memory,
+            memory,
             size,
             self.features,
             desc_gpa=DESC,
@@ -102,7 +218,9 @@ class Rings:
             used_gpa=USED,
             base=base,
             kick_fd=self.kick_fd,
+            fifo=fifo,
         )
+        self.guest = GUESTS[layout](memory, size, base)
         self.memory = guest_memory(self.fd)
         self.device = self.start(base)
 
@@ -113,8 +231,8 @@ class Rings:
         for fd in (self.fd, self.kick_fd, self.call_fd):
             os.close(fd)
 
-    def start(self, base: int, **changes: Any) -> Virtqueue:
-        """Another life of the device, from an index on."""
+    def start(self, base: int | None = None, **changes: Any) -> Virtqueue:
+        """Another life of the device, from a base on; None: a ring that was never used."""
         arguments = {
             "desc_uva": DESC - GPA + UVA,
             "avail_uva": AVAIL - GPA + UVA,
@@ -219,4 +337,14 @@ def events(fd: int) -> int:
         return 0
 
 
-__all__ = ["Guest", "Offer", "Rings", "events", "guest_memory", "sizes_of"]
+__all__ = [
+    "Guest",
+    "Offer",
+    "PackedGuest",
+    "Rings",
+    "SplitGuest",
+    "base_of",
+    "events",
+    "guest_memory",
+    "sizes_of",
+]

@@ -146,7 +146,9 @@ class Talk:
             self.running.add(effect.index)
         if isinstance(effect, StopRing):
             self.running.remove(effect.index)
-            base = self.bases.get(effect.index, self.session.rings[effect.index].base)
+            base = self.bases.get(
+                effect.index, self.session.base_of(self.session.rings[effect.index])
+            )
             for follow_up in self.session.ring_stopped(effect.index, base):
                 self._do(follow_up, effects)
         replaced = getattr(effect, "replaced", None)

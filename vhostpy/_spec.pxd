@@ -80,6 +80,15 @@ cpdef enum DescriptorFlag:
     DESC_NEXT = 1
     DESC_WRITE = 2
     DESC_INDIRECT = 4
+    # virtio 1.3, "Driver and Device Ring Wrap Counters" (packed)
+    DESC_AVAIL = 128
+    DESC_USED = 32768
+
+# virtio 1.3, "Driver and Device Event Suppression" (packed): Event Flags
+cpdef enum EventFlag:
+    EVENT_ENABLE = 0
+    EVENT_DISABLE = 1
+    EVENT_DESC = 2
 
 # virtio 1.3, "The Virtqueue Available Ring" / "The Virtqueue Used Ring"
 cpdef enum RingFlag:

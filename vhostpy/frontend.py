@@ -24,6 +24,7 @@ from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import ProtocolError, Refused
 from vhostpy.fds import OwnedFd, close_all, receive, send
+from vhostpy.layout import first_base
 from vhostpy.memory import GuestMemory, Mapping, RegionInfo
 from vhostpy.payloads import (
     U64,
@@ -338,15 +339,17 @@ class FrontEnd:
         size: int = 256,
         features: int | None = None,
         *,
-        base: int = 0,
+        base: int | None = None,
         poll: bool = False,
         enable: bool = True,
     ) -> Queue:
         """A new ring in the guest's memory, started at `base`, and enabled.
 
-        `poll`: gives the back-end no kick fd. `features` None: the negotiated ones.
+        `base` None: where a new ring starts. `poll`: gives the back-end no kick fd.
+        `features` None: the negotiated ones.
         """
         features = self.features if features is None else features
+        base = first_base(features) if base is None else base
         desc_bytes, avail_bytes, used_bytes = DriverVirtqueue.ring_bytes(size)
         desc_gpa = self.allocate(desc_bytes)
         avail_gpa = self.allocate(avail_bytes, 64)

@@ -36,7 +36,7 @@ def describe(session: Session) -> dict[str, Any]:
                 "state": ring.state.value,
                 "enabled": ring.enabled,
                 "size": ring.num,
-                "base": ring.base,
+                "base": session.base_of(ring),
                 "poll": ring.poll,
                 "waits_for": "" if ring.started else session.missing(ring),
             }

@@ -78,7 +78,7 @@ class Ring:
     used_uva: int | None = None
     log_used: bool = False  # VHOST_VRING_F_LOG
     used_log_gpa: int = 0
-    base: int = 0
+    base: int | None = None  # None: never said, the ring starts where a new one does
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     err: OwnedFd | None = None
@@ -150,7 +150,7 @@ class Ring:
         self.num = 0
         self.desc_uva = self.avail_uva = self.used_uva = None
         self.log_used, self.used_log_gpa = False, 0
-        self.base = 0
+        self.base = None
 
     def close_kick(self) -> None:
         """A stopped ring starts again only with a new kick fd."""

@@ -47,6 +47,7 @@ from vhostpy.effects import (
 from vhostpy.errors import ProtocolError, Refused, VhostpyError
 from vhostpy.fds import OwnedFd
 from vhostpy.handshake import SHARE_ON, describe, feature_names, listed, protocol_feature_names
+from vhostpy.layout import first_base
 from vhostpy.payloads import (
     CONFIG_SIZE_MAX,
     U64,
@@ -185,7 +186,7 @@ class Session:
             ring.close_kick()
         if reason is StopReason.GET_BASE:
             request = FrontEndRequest.GET_VRING_BASE
-            return [Reply(request, VringState(index, ring.base).pack())]
+            return [Reply(request, VringState(index, self.base_of(ring)).pack())]
         return []
 
     def close(self) -> None:
@@ -408,7 +409,11 @@ class Session:
         if effects:
             return effects  # ring_stopped() answers
         ring.close_kick()
-        return [_reply(message, VringState(ring.index, ring.base))]
+        return [_reply(message, VringState(ring.index, self.base_of(ring)))]
+
+    def base_of(self, ring: Ring) -> int:
+        """Where `ring` starts, if it does now."""
+        return first_base(self.features or 0) if ring.base is None else ring.base
 
     def _set_vring_kick(self, message: Message) -> list[Effect]:
         ring = self._ring(message)

@@ -17,6 +17,8 @@ MRG_RXBUF = 1 << Feature.NET_MRG_RXBUF
 EVENT_IDX = 1 << Feature.EVENT_IDX
 INDIRECT = 1 << Feature.INDIRECT_DESC
 MODERN = VERSION_1 | MRG_RXBUF | EVENT_IDX | INDIRECT
+PACKED = MODERN | 1 << Feature.RING_PACKED
+IN_ORDER = 1 << Feature.IN_ORDER
 
 
 def mac(number: int) -> bytes:

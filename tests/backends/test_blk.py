@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.backends.guest import (
     DISCARD,
+    FEATURES,
     FLUSH,
     GET_ID,
     GPA,
@@ -25,6 +26,7 @@ from tests.backends.guest import (
     Guest,
     eventually,
 )  # fmt: skip
+from tests.rings import base_of
 from vhostpy._spec import Feature
 from vhostpy.backends.blk import DiskQueue
 from vhostpy.backends.disk import CONFIG, CONFIG_FIELDS, Disk
@@ -138,12 +140,19 @@ steps = st.tuples(
 )
 
 
+each_layout = pytest.mark.parametrize(
+    "features", [FEATURES, FEATURES | 1 << Feature.RING_PACKED], ids=["split", "packed"]
+)
+
+
+@each_layout
 @pytest.mark.parametrize("kind", STORAGES)
 @settings(max_examples=25, deadline=None)
 @given(mix=st.lists(steps, max_size=40))
-def test_any_mix_of_requests_leaves_what_a_bytearray_says(tmp_path_factory, kind, mix):
+def test_any_mix_of_requests_leaves_what_a_bytearray_says(tmp_path_factory, features, kind, mix):
     model = bytearray(SIZE)
-    with Machine(STORAGES[kind](tmp_path_factory.mktemp("disk")), serial="vb-1") as machine:
+    storage = STORAGES[kind](tmp_path_factory.mktemp("disk"))
+    with Machine(storage, guest=Guest(features=features), serial="vb-1") as machine:
         guest = machine.guest
         for type_, sector, sectors, fill, cuts in mix:
             sectors = min(sectors, SECTORS - sector)
@@ -183,9 +192,10 @@ def test_any_mix_of_requests_leaves_what_a_bytearray_says(tmp_path_factory, kind
         assert counters["io_errors"] == counters["bad_requests"] == counters["unsupported"] == 0
 
 
+@each_layout
 @pytest.mark.parametrize("kind", STORAGES)
-def test_requests_in_flight_together_each_get_their_own_answer(tmp_path, kind):
-    with Machine(STORAGES[kind](tmp_path)) as machine:
+def test_requests_in_flight_together_each_get_their_own_answer(tmp_path, features, kind):
+    with Machine(STORAGES[kind](tmp_path), guest=Guest(features=features)) as machine:
         for round_ in range(20):
             sent = [
                 machine.guest.request(
@@ -356,12 +366,17 @@ def test_one_bad_range_fails_the_whole_discard_once(tmp_path):
 # Stop, start, and hanging storages ---------------------------------------------------
 
 
-def test_a_stopped_ring_starts_again_where_it_was():
-    with Machine(RamStorage(SIZE)) as machine:
+@each_layout
+def test_a_stopped_ring_starts_again_where_it_was(features):
+    with Machine(RamStorage(SIZE), guest=Guest(features=features, queue_size=16)) as machine:
         for round_ in range(10):
             assert machine.guest.request(OUT, round_, data=bytes([round_]) * 512).wait() == OK
             drained, base = machine.stop()
-            assert drained and base == 2 * round_ + 1
+            if features >> Feature.RING_PACKED & 1:
+                slots = 2 * (2 * round_ + 1)  # a request's header and data, and its answer
+                assert drained and base == base_of("packed", 16, slots)
+            else:
+                assert drained and base == 2 * round_ + 1
             sent = machine.guest.request(IN, round_, space=512)
             assert not sent.is_done()
             machine.start(base=base)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from tests.backends.netguest import (
     BROADCAST,
     EVENT_IDX,
+    IN_ORDER,
     INDIRECT,
     MODERN,
     MRG_RXBUF,
+    PACKED,
     PAGE,
     VERSION_1,
     Guest,
@@ -32,8 +34,14 @@ LEGACY = INDIRECT | EVENT_IDX
 
 each_form = pytest.mark.parametrize(
     "features",
-    [MODERN, VERSION_1 | INDIRECT, LEGACY, LEGACY | MRG_RXBUF],
-    ids=["modern", "not_mergeable", "legacy", "legacy_mergeable"],
+    [
+        *(MODERN, VERSION_1 | INDIRECT, LEGACY, LEGACY | MRG_RXBUF),
+        *(PACKED, MODERN | IN_ORDER, PACKED | IN_ORDER),
+    ],
+    ids=[
+        *("modern", "not_mergeable", "legacy", "legacy_mergeable"),
+        *("packed", "split_in_order", "packed_in_order"),
+    ],
 )
 
 
@@ -166,8 +174,9 @@ def test_nothing_is_taken_from_a_ring_that_is_not_live():
     assert g.device.port.take() == [data(60)]
 
 
-def test_buffers_go_back_in_steps_of_a_quarter_and_when_nothing_comes():
-    g = guest(size=64)
+@pytest.mark.parametrize("features", [MODERN, PACKED, MODERN | IN_ORDER, PACKED | IN_ORDER])
+def test_buffers_go_back_in_steps_of_a_quarter_and_when_nothing_comes(features):
+    g = guest(size=64, features=features)
     for number in range(20):
         g.send(data(60, number))
     g.kick()
@@ -227,12 +236,13 @@ def test_buffers_and_frames_may_be_in_pieces_of_any_size(features, sizes, pieces
     assert g.received() == [data(size, tag) for tag, size in enumerate(sizes)]
 
 
+@pytest.mark.parametrize("features", [MODERN, PACKED, PACKED | IN_ORDER])
 @given(
     sizes=st.lists(st.one_of(st.integers(14, 3000), st.just(LONGEST)), min_size=1, max_size=6),
     buffers=st.lists(st.integers(12, 2000), min_size=1, max_size=200),
 )
-def test_mergeable_frames_use_as_many_buffers_as_they_need(sizes, buffers):
-    g = guest()
+def test_mergeable_frames_use_as_many_buffers_as_they_need(features, sizes, buffers):
+    g = guest(features=features)
     for buffer in buffers:
         g.post(buffer)
     taken = g.device.port.give([data(size, tag) for tag, size in enumerate(sizes)])
@@ -448,6 +458,14 @@ def test_no_offload_is_offered():
         assert features >> Feature[name] & 1
 
 
+def test_all_forms_of_a_ring_are_offered_but_no_reset():
+    """QEMU shows RING_RESET to its guest, but tells us of no reset."""
+    features = device().features()
+    for name in ("INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER"):
+        assert features >> Feature[name] & 1
+    assert not features >> Feature.RING_RESET & 1
+
+
 def test_announcing_and_the_mtu_are_offered():
     offered = device().protocol_features()
     assert offered >> ProtocolFeature.RARP & 1
@@ -515,10 +533,11 @@ def test_a_front_end_that_goes_leaves_the_port_and_no_address():
     assert again.received() == [frame(BROADCAST, mac(1))]
 
 
-def test_rings_may_stop_and_start_many_times():
+def test_rings_may_stop_and_start_many_times_in_any_layout():
     d = device()
+    forms = [MODERN, PACKED, MODERN, PACKED | IN_ORDER, MODERN | IN_ORDER]
     for number in range(50):
-        g = Guest(d, memory_bytes=1 << 20, size=16)
+        g = Guest(d, memory_bytes=1 << 20, size=16, features=forms[number % len(forms)])
         g.post(2000)
         assert d.port.give([data(60, number)]) == 1
         assert g.received() == [data(60, number)]

@@ -10,7 +10,7 @@ from typing import Self
 
 from tests.backends.netguest import BROADCAST, frame, mac
 from tests.hostile.victim import eventually
-from tests.rings import AVAIL, BORDER, DESC, GPA, USED, Guest
+from tests.rings import AVAIL, BORDER, DESC, GPA, USED, SplitGuest
 from vhostpy._spec import Feature
 from vhostpy.fds import OwnedFd
 from vhostpy.frontend import FrontEnd, Queue
@@ -51,7 +51,7 @@ class Attacker:
         self.end.set_mem_table()
         self.end.allocate(1 << 20)  # the raw ring's place
         self.memory = self.end.memory
-        self.ring = Guest(self.memory, size)
+        self.ring = SplitGuest(self.memory, size)
         self.index = index
         self.queue: Queue = self.describe(index)
         if start:

@@ -30,7 +30,7 @@ from tests.hostile.attacker import (
 )
 from tests.hostile.conftest import place_of
 from tests.hostile.victim import eventually
-from tests.rings import AVAIL, BORDER, END, GPA, TABLES, USED, Guest
+from tests.rings import AVAIL, BORDER, END, GPA, TABLES, USED, SplitGuest
 from vhostpy._spec import Feature
 from vhostpy.frontend import FrontEnd
 from vhostpy.payloads import U64, VringFile, VringState
@@ -53,10 +53,12 @@ def proves_itself(attacker: Attacker, kind: str) -> None:
 # Chains ------------------------------------------------------------------------------------
 
 
-def chain(*descriptors: tuple[int, int, int, int], table: tuple = ()) -> Callable[[Guest], None]:
+def chain(
+    *descriptors: tuple[int, int, int, int], table: tuple = ()
+) -> Callable[[SplitGuest], None]:
     """Descriptors (address, length, flags, next) from 0 on, and those of an indirect table."""
 
-    def build(ring: Guest) -> None:
+    def build(ring: SplitGuest) -> None:
         for i, descriptor in enumerate(descriptors):
             ring.descriptor(i, *descriptor)
         for i, descriptor in enumerate(table):
@@ -65,12 +67,12 @@ def chain(*descriptors: tuple[int, int, int, int], table: tuple = ()) -> Callabl
     return build
 
 
-def loop_of_all(ring: Guest) -> None:
+def loop_of_all(ring: SplitGuest) -> None:
     for i in range(SIZE - 3):
         ring.descriptor(i, GOOD, 8, NEXT, (i + 1) % (SIZE - 3))
 
 
-def tiny_ones_up_to_64_kib(ring: Guest) -> None:
+def tiny_ones_up_to_64_kib(ring: SplitGuest) -> None:
     """65,536 bytes in an indirect table of 4,096 descriptors; beyond what a chain may have."""
     for i in range(4096):
         ring.descriptor(i, GOOD, 16, NEXT, i + 1, table=TABLES)
@@ -146,7 +148,7 @@ def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, fault, build):
 
 @pytest.mark.parametrize(("fault", "build"), BAD_CHAINS.values(), ids=BAD_CHAINS.keys())
 def test_bad_receive_buffer_comes_back_and_is_counted_by_name(place, fault, build):
-    def writable(ring: Guest) -> None:
+    def writable(ring: SplitGuest) -> None:
         build(ring)
         for table, count in ((GPA, SIZE), (TABLES, 4096), (END - 16, 1), (BORDER - 24, 2)):
             for at in range(table, table + 16 * count, 16):

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from tests.rings import base_of
 from tests.serving import serving
 from tests.talk import open_fds
 from vhostpy._spec import Feature, ProtocolFeature
@@ -39,10 +40,11 @@ def server(tmp_path):
     workers.stop()
 
 
-@pytest.fixture
-def guest(server):
+@pytest.fixture(params=[0, 1 << Feature.RING_PACKED], ids=["split", "packed"])
+def guest(server, request):
     with FrontEnd(server.path, layout=LAYOUT) as guest:
-        guest.negotiate(FEATURES, EVERYTHING)
+        guest.negotiate(FEATURES | request.param, EVERYTHING)
+        assert guest.features & 1 << Feature.RING_PACKED == request.param
         guest.set_mem_table()
         yield guest
 
@@ -65,6 +67,13 @@ def transfer(guest, queue, kind, sector, data):
     return guest.memory.read(buffer, len(data))
 
 
+def base_after(guest, size, requests, start=0):
+    """Where a ring is that began behind `start` chains (split) or descriptors (packed)."""
+    if guest.features >> Feature.RING_PACKED & 1:
+        return base_of("packed", size, start + 3 * requests)
+    return base_of("split", size, start + requests)
+
+
 def test_block_that_was_written_is_read_back(guest):
     assert guest.negotiated(ProtocolFeature.CONFIGURE_MEM_SLOTS)
     (sectors,) = struct.unpack_from("<Q", guest.get_config())
@@ -73,16 +82,16 @@ def test_block_that_was_written_is_read_back(guest):
     data = os.urandom(4096)
     assert transfer(guest, queue, OUT, 8, data) == data
     assert transfer(guest, queue, IN, 8, bytes(4096)) == data
-    assert guest.stop_queue(0) == 2
+    assert guest.stop_queue(0) == base_after(guest, 64, 2)
 
 
 def test_queue_goes_on_where_it_was_stopped(guest):
-    queue = guest.start_queue(1, 8, base=65530)
+    base = base_after(guest, 8, 0, start=65530)
+    queue = guest.start_queue(1, 8, base=base)
     data = os.urandom(512)
-    base = 65530
     for sector in range(20):
         transfer(guest, queue, OUT, sector, data)
-        base = (base + 1) % 65536
+        base = base_after(guest, 8, sector + 1, start=65530)
         assert guest.stop_queue(1) == base
         guest.announce(queue, base=base)
     assert transfer(guest, queue, IN, 19, bytes(512)) == data
@@ -124,6 +133,9 @@ def test_pages_that_the_disk_writes_are_logged_and_no_others(guest):
         pages = set(log.pages())
         assert 123 in pages
         written = sorted(pages - {123})
+        if guest.features >> Feature.RING_PACKED & 1:
+            # Used descriptors are where available ones were.
+            written.remove(queue.desc_gpa >> 12)
         assert before >> 12 < written[0]
         assert written[-1] < after >> 12
         # The buffer's three or four pages, and the status byte's.

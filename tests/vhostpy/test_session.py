@@ -327,7 +327,7 @@ def test_ring_starts_once_with_the_last_thing_it_needs_in_any_order(fresh, order
     effects = STEPS[order[-1]](fresh)
     assert effects[-1] == StartRing(0)
     ring = fresh.session.rings[0]
-    assert (ring.num, ring.desc_uva, ring.base) == (256, UVA, 0)
+    assert (ring.num, ring.desc_uva, fresh.session.base_of(ring)) == (256, UVA, 0)
     assert ring.kick is not None
     assert not ring.kick.closed
     assert not ring.enabled
@@ -767,6 +767,12 @@ def test_packed_ring_has_both_indexes_in_its_base(fresh):
     assert [answer.payload for answer in fresh.answers] == [VringState(0, 0x80018001)]
 
 
+def test_packed_ring_without_a_base_starts_with_both_wrap_counters_at_1(fresh):
+    fresh.negotiate(features=PACKED)
+    fresh.stop()
+    assert [answer.payload for answer in fresh.answers] == [VringState(0, 0x80008000)]
+
+
 def test_enable_that_is_neither_0_nor_1_is_refused(talk):
     with pytest.raises(ProtocolError, match="ring 0: 2, expected 0 or 1"):
         talk.say(R.SET_VRING_ENABLE, VringState(0, 2))
@@ -843,7 +849,7 @@ def test_reset_stops_all_rings_and_keeps_the_memory(talk):
     assert talk.say(R.RESET_DEVICE) == [StopRing(0), StopRing(1), ResetDevice()]
     for ring in talk.session.rings[:4]:
         assert (ring.state, ring.enabled) == (RingState.STOPPED, False)
-        assert (ring.num, ring.base, ring.desc_uva, ring.kick) == (0, 0, None, None)
+        assert (ring.num, ring.base, ring.desc_uva, ring.kick) == (0, None, None, None)
     assert talk.session.regions == [REGION, FAR_REGION]
     assert talk.ask(R.GET_STATUS) == U64(0)
     assert talk.start() == []

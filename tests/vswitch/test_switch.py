@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from tests.backends.netguest import (
     BROADCAST,
+    IN_ORDER,
     INDIRECT,
     MODERN,
+    PACKED,
     VERSION_1,
     Guest,
     frame,
@@ -406,8 +408,15 @@ class Model:
 
 @pytest.mark.parametrize(
     ("features", "buffer"),
-    [(MODERN, (2048,)), (MODERN, (300,)), (MODERN, (100, 500)), (VERSION_1 | INDIRECT, (66000,))],
-    ids=["mergeable", "small", "pieces", "whole"],
+    [
+        *[(MODERN, (2048,)), (MODERN, (300,)), (MODERN, (100, 500))],
+        *[(VERSION_1 | INDIRECT, (66000,)), (PACKED, (300,)), (PACKED, (100, 500))],
+        *[(MODERN | IN_ORDER, (300,)), (PACKED | IN_ORDER, (2048,))],
+    ],
+    ids=[
+        *("mergeable", "small", "pieces", "whole", "packed", "packed_pieces"),
+        *("split_in_order", "packed_in_order"),
+    ],
 )
 @given(steps=STEPS, budget=BUDGETS)
 def test_every_frame_arrives_once_in_order_or_is_counted(features, buffer, steps, budget):
@@ -551,11 +560,21 @@ def until(condition, seconds: float = 30.0) -> None:
         time.sleep(0.001)
 
 
-def test_workers_forward_what_guests_send_to_each_other(workers):
+@pytest.mark.parametrize(
+    "features",
+    [MODERN, PACKED, MODERN | IN_ORDER, PACKED | IN_ORDER],
+    ids=["split", "packed", "split_in_order", "packed_in_order"],
+)
+def test_workers_forward_what_guests_send_to_each_other(workers, features):
     switch = Switch(workers, full_wait_us=PATIENT_US)
     kicks = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
     guests = [
-        Guest(NetDevice(f"vu{i}", switch), kick_fds=[kicks[i]], memory_bytes=512 << 20)
+        Guest(
+            NetDevice(f"vu{i}", switch),
+            kick_fds=[kicks[i]],
+            memory_bytes=512 << 20,
+            features=features,
+        )
         for i in range(2)
     ]
     for i in range(2):
