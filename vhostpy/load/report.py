@@ -100,5 +100,38 @@ def _latency_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     if not spread["count"]:
         return [("latency", "nothing was timed")]
-    cells = (f"{name.replace('_', '.')} {spread[name]:.1f}" for name in ("min", *PERCENTILES, "max"))
-    return [("latency us", "  ".join(cells))]
+    return [("latency us", _latency(spread))]
+
+
+def _latency(spread: dict[str, Any]) -> str:
+    names = ("min", *PERCENTILES, "max")
+    return "  ".join(f"{name.replace('_', '.')} {spread[name]:.1f}" for name in names)
+
+
+def blk_line(figures: dict[str, Any], elapsed_s: float) -> str:
+    """'3 s  812.4 kIOPS  3327 MB/s  generator 71 % busy'."""
+    return (
+        f"{elapsed_s:.0f} s  {figures['kiops']:.1f} kIOPS  {figures['mb_s']:.0f} MB/s  "
+        f"generator {100 * figures['generator_busy_share']:.0f} % busy"
+    )
+
+
+def _blk_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("rate", f"{result['kiops']:.1f} kIOPS, {result['mb_s']:.0f} MB/s"),
+        ("requests", f"{result['pattern']}, {result['block_bytes']} B, depth {result['depth']} on "
+                     f"{result['queues']} {result['layout']} queues of {result['queue_size']}"),
+        ("memory", f"{'2 MiB' if result['hugepages'] else '4 KiB'} pages"),
+        ("generator", f"{100 * result['generator_busy_share']:.0f} % busy, "
+                      f"{result['generator_cycles_per_request'] or 0:.0f} cycles a request"),
+    ]  # fmt: skip
+    for name in ("failed", "corrupt"):
+        if count := result[f"{name}_requests"]:
+            rows.append((name, f"{count:,} requests"))
+    if result["verified"] and not wrong(result):
+        rows.append(("verified", "every block that was written"))
+    for name in ("read", "write"):
+        spread = result[f"{name}_latency_us"]
+        if spread["count"]:
+            rows += [(f"{name}s us", _latency(spread))]
+    return rows
