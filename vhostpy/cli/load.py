@@ -75,8 +75,9 @@ def _parser(program: str) -> Parser:
     parser = Parser(program, DESCRIPTION, EXAMPLE)
     parser.add_argument("sockets", nargs="+", metavar="SOCKET", type=socket_path)
     parser.add_argument(
-        "--type", choices=("net", "blk"), action=Once, help="default: as the back-end's features say"
-    )
+        "--type", choices=("net", "blk"), action=Once,
+        help="default: as the back-end's features say",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=_seconds, default=5.0, action=Once,
                         help="measured time (default: 5)")  # fmt: skip
     parser.add_argument("--warmup", metavar="SECONDS", type=_seconds, default=0.5, action=Once,
@@ -154,8 +155,8 @@ def _check_flags(parser: Parser, options: argparse.Namespace, kind: str) -> None
 
 
 def _net_plan(parser: Parser, options: argparse.Namespace) -> Any:
-    from vhostpy.load.net import IMIX, NetPlan
     from vhostpy.load._net import Touch
+    from vhostpy.load.net import IMIX, NetPlan
 
     unkind = DEFAULT_UNKIND if options.unkind is None else options.unkind
     touch, ids, rx_headers = UNKIND[unkind]
@@ -242,7 +243,8 @@ def _sizes(text: str) -> tuple[int, ...] | str:
     low, high = FRAME_RANGE
     if len(text) > 10_000 or not all(low <= size <= high for size in sizes):
         raise bad(
-            f"{text!r} is not a size of frames", f"{low} to {high} bytes, e.g. 64 or 64,1500, or imix"
+            f"{text!r} is not a size of frames",
+            f"{low} to {high} bytes, e.g. 64 or 64,1500, or imix",
         )
     return sizes
 

@@ -560,3 +560,13 @@ cdef void free_side(Side *side) noexcept:
     free(side.owner)
     free(side.pool)
     free(side.lengths)
+
+
+def clock_rate() -> float:
+    """Ticks a microsecond of the clock that all figures in ticks are of."""
+    return ticks_per_us()
+
+
+def binned(uint64_t value) -> int:
+    """What the histogram makes of a time."""
+    return value_of(bin_of(value))

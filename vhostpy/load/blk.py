@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vhostpy._ring import DriverVirtqueue
@@ -23,7 +24,7 @@ from vhostpy.load._blk import (
     BlkGenerator,
     BlkPhase,
 )
-from vhostpy.load.target import asked, connect, first_line, memory_layout
+from vhostpy.load.target import asked, connect, first_line, hung_up, memory_layout
 
 SECTOR = 512
 PIECES = 3  # header, data, status
@@ -269,9 +270,7 @@ class _Runner:
         while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
             self._wait(min(left, 1.0), step=1.0)
             now = self._sample()
-            self.progress.show(
-                lambda a=previous, b=now: report.blk_line(self._figures(a, b), b.at_s - first.at_s)
-            )
+            self.progress.show(partial(self._line, previous, now, now.at_s - first.at_s))
             previous = now
         last = self._sample()
         latencies = generator.latencies(False), generator.latencies(True)
@@ -344,7 +343,7 @@ class _Runner:
             )
         if not self.thread.is_alive():
             raise VhostpyError("the generator ended early")
-        if self.front_end.hung_up(0):
+        if hung_up([self.front_end]) is not None:
             raise ProtocolError(
                 f"{where}: the back-end closed the connection", "see what it says itself"
             )
@@ -358,6 +357,9 @@ class _Runner:
     def _sample(self) -> Sample:
         generator = self.generator
         return Sample(time.monotonic(), generator.counters(), generator.ticks())
+
+    def _line(self, a: Sample, b: Sample, elapsed_s: float) -> str:
+        return report.blk_line(self._figures(a, b), elapsed_s)
 
     def _figures(self, a: Sample, b: Sample) -> dict[str, Any]:
         seconds = max(b.at_s - a.at_s, 1e-9)

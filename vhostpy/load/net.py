@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vhostpy._ring import DriverVirtqueue
@@ -17,7 +18,7 @@ from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
 from vhostpy.frontend import FrontEnd, Queue
 from vhostpy.load import report
 from vhostpy.load._net import FRAME_MAX, FRAME_MIN, NetGenerator, Phase, Touch
-from vhostpy.load.target import asked, connect, first_line, memory_layout
+from vhostpy.load.target import asked, connect, first_line, hung_up, memory_layout
 
 # The Internet mix: 7 : 4 : 1 of what is 64, 570 and 1518 bytes with its checksum.
 IMIX = (60, 566, 60, 566, 60, 60, 1514, 60, 566, 60, 566, 60)
@@ -190,12 +191,11 @@ def _start(plan: NetPlan, front_end: FrontEnd, path: str) -> list[tuple[Queue, Q
     for bit, flag in ((Feature.RING_PACKED, "--layout split"), (Feature.IN_ORDER, "no in-order")):
         if wanted >> bit & 1 and not offered >> bit & 1:
             raise ConfigError(f"{path}: the back-end does not offer {bit.name}", f"use {flag}")
-    if plan.mergeable and HEADER + max(plan.sizes) > plan.buffer_bytes:
-        if not offered >> Feature.NET_MRG_RXBUF & 1:
-            raise ConfigError(
-                f"{path}: the back-end does not offer NET_MRG_RXBUF",
-                f"--buffer {HEADER + max(plan.sizes)}",
-            )
+    needed = HEADER + max(plan.sizes)
+    if needed > plan.buffer_bytes and not offered >> Feature.NET_MRG_RXBUF & 1:
+        raise ConfigError(
+            f"{path}: the back-end does not offer NET_MRG_RXBUF", f"--buffer {needed}"
+        )
     front_end.negotiate(wanted, PROTOCOL_FEATURES)
     if plan.queues > 1:
         _want_queues(plan, front_end, path)
@@ -270,7 +270,7 @@ def _phases(
     while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
         wait(min(left, 1.0), step=1.0)
         now = _sample(generator)
-        progress.show(lambda a=previous, b=now: report.net_line(figures(a, b), b.at_s - first.at_s))
+        progress.show(partial(_line, previous, now, now.at_s - first.at_s))
         previous = now
     last = _sample(generator)
     latencies = generator.latencies() if plan.latency else None
@@ -279,6 +279,10 @@ def _phases(
     end = _sample(generator)
     progress.done()
     return _result(plan, ends, first, last, start, end, latencies)
+
+
+def _line(a: Sample, b: Sample, elapsed_s: float) -> str:
+    return report.net_line(figures(a, b), elapsed_s)
 
 
 def _settle(generator: Any, wait: Callable[..., bool]) -> None:
@@ -299,11 +303,11 @@ def _want_alive(plan: NetPlan, ends: _Ends, thread: threading.Thread) -> None:
         )
     if not thread.is_alive():
         raise VhostpyError("the generator ended early")
-    for path, front_end in zip(plan.sockets, ends.front_ends, strict=True):
-        if front_end.hung_up(0):
-            raise ProtocolError(
-                f"{path}: the back-end closed the connection", "see what it says itself"
-            )
+    gone = hung_up(ends.front_ends)
+    if gone is not None:
+        raise ProtocolError(
+            f"{plan.sockets[gone]}: the back-end closed the connection", "see what it says itself"
+        )
 
 
 def _sample(generator: Any) -> Sample:
@@ -371,7 +375,9 @@ def _result(
         **{f"{name}_packets": over_all(name) for name in names},
         "verified": plan.verify,
         "kicks": over_all("kicks"),
-        "latency_us": None if latencies is None else report.spread(latencies, first.ticks["per_us"]),
+        "latency_us": (
+            None if latencies is None else report.spread(latencies, first.ticks["per_us"])
+        ),
         "ports": [_port(plan, port, first, last) for port in range(len(plan.sockets))],
     }
 

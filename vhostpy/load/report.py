@@ -69,7 +69,7 @@ def wrong(result: dict[str, Any]) -> str:
 def lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The final figures, for people."""
     rows = _net_lines(result) if result["kind"] == "net" else _blk_lines(result)
-    return rows + [("time", f"{result['seconds']:.2f} s measured")]
+    return [*rows, ("time", f"{result['seconds']:.2f} s measured")]
 
 
 def _net_lines(result: dict[str, Any]) -> list[tuple[str, str]]:

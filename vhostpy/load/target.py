@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+from collections.abc import Sequence
 
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
@@ -23,7 +25,7 @@ def connect(path: str, timeout_s: float = 5.0) -> FrontEnd:
         raise ConfigError(f"{path}: not accepted in {timeout_s:g} s", hint) from None
     except OSError as error:
         hints = {
-            errno.ENOENT: "start the back-end first, e.g. vhostpy net --socket " + path,
+            errno.ENOENT: "start the back-end first; vhostpy net --help and vhostpy blk --help show how",
             errno.ECONNREFUSED: "the file is there and nobody listens: start the back-end again",
             errno.EACCES: "run it as a user or group that may use the socket",
         }
@@ -55,6 +57,19 @@ def kind_of(path: str) -> str:
     if protocol_features >> ProtocolFeature.CONFIG & 1:
         return "blk"
     raise ConfigError(f"{path}: features {features:#x} do not tell its type", "give --type")
+
+
+def hung_up(front_ends: Sequence[FrontEnd]) -> int | None:
+    """The first whose back-end has closed the connection."""
+    poll = select.poll()
+    for front_end in front_ends:
+        poll.register(front_end.sock, select.POLLIN)
+    ready = {fd for fd, _ in poll.poll(0)}
+    for index, front_end in enumerate(front_ends):
+        # It may have said something instead: that is read and dropped.
+        if front_end.sock.fileno() in ready and front_end.hung_up(0.01):
+            return index
+    return None
 
 
 def memory_layout(size: int) -> list[tuple[int, int]]:
