@@ -21,6 +21,10 @@ def main() -> None:
     parser.add_argument("--kind", choices=("net", "blk"))
     parser.add_argument("--pairs", type=int, default=5, help="interleaved runs of each device")
     parser.add_argument("--seconds", type=int, default=3, help="measured time of a run, at least 2")
+    parser.add_argument(
+        "--retries", type=int, default=2,
+        help="at most so many times the runs more, until enough were undisturbed",
+    )  # fmt: skip
     parser.add_argument("--devices", nargs="+", help="only these, e.g. vhostpy ovs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.devices import Device, StorageDaemon, Vhostpy
-from bench.peers.generators import own_blk
-from bench.peers.net import interleave
+from bench.peers.generators import fill, own_blk
+from bench.peers.interleave import interleave
 from bench.peers.results import Results
 
 GIB = 1 << 30
@@ -74,6 +74,8 @@ def run(cases: list[Case], results: Results, options: argparse.Namespace) -> Non
             try:
                 for device in devices:
                     device.start()
+                    if storage != "null":
+                        fill(device)
                     device.pause()
                 for case in group:
                     interleave(case, devices, results, options)
@@ -87,11 +89,9 @@ def _devices(folder: Path, memory: Path, storage: str, poll: str) -> list[Device
         ours = ("--null", "1T")
         theirs = f"driver=null-co,node-name=disk,size={1 << 40},read-zeroes=off"
     else:
-        # Pages that are there: a hole would be faster for one and slower for the other.
         for name in ("vhostpy", "qsd"):
             with (memory / name).open("wb") as image:
-                for _ in range(GIB >> 20):
-                    image.write(bytes(1 << 20))
+                image.truncate(GIB)
         ours = ("--ram", "1G") if storage == "ram" else ("--file", str(memory / "vhostpy"))
         theirs = f"driver=file,node-name=disk,aio=io_uring,filename={memory / 'qsd'}"
     return [Vhostpy(folder, 1, "blk", *ours, poll=poll), StorageDaemon(folder, theirs)]

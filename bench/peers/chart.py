@@ -13,6 +13,8 @@ TITLES = {
 def draw(rows: list[dict[str, Any]], kind: str) -> str:
     """The SVG; empty where nothing belongs on the chart."""
     rows = [row for row in rows if row["chart"] is not None and row["median"]]
+    apart = [row for row in rows if row["cores"] == "apart"]
+    rows = apart or rows
     if not rows:
         return ""
     title, unit, axis = TITLES[kind]

@@ -23,6 +23,7 @@ class Device:
     """A process that serves sockets. `load` of two marks: busy share and cycles a packet."""
 
     name = ""
+    polls = True  # it takes all of its core, unless it is disturbed
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
@@ -74,6 +75,7 @@ class Vhostpy(Device):
     def __init__(self, folder: Path, count: int, verb: str = "net", *flags: str,
                  poll: str = "busy") -> None:  # fmt: skip
         super().__init__(folder, count)
+        self.polls = poll == "busy"
         self.argv = [sys.executable, "-m", "vhostpy", verb, "--poll", poll, *flags]
         self.control = folder / f"{self.name}.control"
 
@@ -98,9 +100,11 @@ class Vhostpy(Device):
 class Interactive:
     """A testpmd that is told what to do."""
 
-    def __init__(self, core: int, eal: list[str], options: list[str]) -> None:
+    def __init__(self, core: int, prefix: str, eal: list[str], options: list[str]) -> None:
+        self.prefix = prefix
         argv = ["stdbuf", "-oL", "dpdk-testpmd", "--lcores", f"(0,1)@{core}", "--main-lcore", "0",
-                "--no-pci", "-m", "512", *eal, "--", "-i", "--nb-cores=1", "--forward-mode=io",
+                "--no-pci", "-m", "512", "--file-prefix", prefix, *eal, "--",
+                "-i", "--nb-cores=1", "--forward-mode=io",
                 "--total-num-mbufs=32768", "--txd=1024", "--rxd=1024", *options]  # fmt: skip
         self.process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -140,6 +144,9 @@ class Interactive:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        # DPDK leaves its hugepages behind, for whoever wants to look at them.
+        for path in Path("/dev/hugepages").glob(f"{self.prefix}map_*"):
+            path.unlink()
 
 
 class Testpmd(Device):
@@ -148,10 +155,10 @@ class Testpmd(Device):
     name = "testpmd"
 
     def start(self) -> None:
-        eal = ["--file-prefix", "dut"]
+        eal: list[str] = []
         for index, path in enumerate(self.sockets):
             eal += ["--vdev", f"net_vhost{index},iface={path},queues=1"]
-        self.prompt = Interactive(DEVICE_CORE, eal, [])
+        self.prompt = Interactive(DEVICE_CORE, "dut", eal, [])
         self.process = self.prompt.process
         self.prompt.command("set record-core-cycles on")
         self.prompt.command("start")
@@ -236,6 +243,8 @@ class Ovs(Device):
         self.server.terminate()
         self.server.wait(10)
         shutil.rmtree(self.folder / "ovs-run", ignore_errors=True)
+        for path in Path("/dev/hugepages").glob("ovsmap_*"):
+            path.unlink()
 
     def mark(self) -> Any:
         self._appctl("dpif-netdev/pmd-stats-clear")
@@ -252,6 +261,7 @@ class StorageDaemon(Device):
     """qemu-storage-daemon with one export; `node` is its --blockdev."""
 
     name = "qsd"
+    polls = False
 
     def __init__(self, folder: Path, node: str) -> None:
         super().__init__(folder, 1)

@@ -6,7 +6,7 @@ set -euo pipefail
 say() { echo "bench-peers: $*" >&2; }
 fail() { echo "bench-peers: $1" >&2; [ -z "${2:-}" ] || echo "  next: $2" >&2; exit 1; }
 
-HUGEPAGES=${HUGEPAGES:-1024}
+HUGEPAGES=${HUGEPAGES:-1280}
 
 missing=""
 command -v dpdk-testpmd >/dev/null || missing+=" dpdk-dev"

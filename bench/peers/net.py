@@ -1,9 +1,7 @@
 """Network cases: what is sent, by whom, and what vhostpy is to reach."""
 
 import argparse
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from bench.peers.devices import Device, Ovs, Testpmd, Vhostpy
 from bench.peers.generators import dpdk, own_net
+from bench.peers.interleave import interleave
 from bench.peers.results import Results
 from vhostpy.load._net import Touch
 from vhostpy.load.net import IMIX
@@ -102,26 +101,3 @@ def _start(
             device.start()
             device.pause()
     return devices
-
-
-def interleave(
-    case: Any, devices: list[Any], results: Results, options: argparse.Namespace
-) -> None:
-    """Each device once, and again: what disturbs the machine then disturbs all alike."""
-    for turn in range(options.pairs):
-        for device in devices:
-            device.resume()
-            try:
-                outcome = case.generator(device, options.seconds, **case.plan)
-                if case.unit == "us":
-                    outcome["value"] = outcome["latency_p50_us"]
-            except Exception as error:
-                outcome = {"error": str(error).splitlines()[0]}
-            finally:
-                time.sleep(0.3)  # it notices that the generator has gone
-                device.pause()
-            results.add(case, device.name, outcome)
-            said = outcome.get("error") or f"{outcome['value']:.2f} {case.unit}"
-            print(f"{case.name} {turn + 1}/{options.pairs}: {device.name} {said}", file=sys.stderr)
-            if "error" in outcome and turn == 0 and device.name != "vhostpy":
-                devices = [other for other in devices if other is not device]

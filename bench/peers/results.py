@@ -11,6 +11,8 @@ from typing import Any
 from bench.peers import chart
 
 BUSY = 0.95  # a device less busy than that is not what limits the rate
+FULL = 0.9  # of the generator's bursts: it never waited for the device
+UNDISTURBED = 0.96  # of its core, that each end had
 MET = 0.92  # of a goal: what noise leaves of it
 
 
@@ -30,15 +32,31 @@ class Results:
 
     def rows(self) -> list[dict[str, Any]]:
         """A dictionary for each case and device."""
+        return [
+            row
+            for name, devices in self.runs.items()
+            for cores in ("apart", "shared")
+            for row in self._rows(self.cases[name], cores, devices)
+        ]
+
+    def _rows(
+        self, case: Any, cores: str, devices: dict[str, list[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Of one case, the runs of one placement; undisturbed ones where there are any."""
+        chosen = {device: _choose(runs, cores) for device, runs in devices.items()}
+        if not any(chosen.values()):
+            return []
         rows = []
-        for name, devices in self.runs.items():
-            case = self.cases[name]
-            medians = {device: _median(runs, "value") for device, runs in devices.items()}
-            ours = medians.get("vhostpy")
-            for device, runs in devices.items():
+        medians = {device: _median(runs, "value") for device, runs in chosen.items()}
+        ours = medians.get("vhostpy")
+        for device, runs in chosen.items():
+            if runs:
                 values = [run["value"] for run in runs if "value" in run]
                 row = {
-                    "case": name,
+                    "case": case.name,
+                    "cores": cores,
+                    "line_ticks": _median(runs, "line_ticks"),
+                    "line_ticks_in_a_row": _median(runs, "line_ticks_in_a_row"),
                     "text": case.text,
                     "device": device,
                     "unit": case.unit,
@@ -48,6 +66,8 @@ class Results:
                     "runs": len(values),
                     "busy_share": _median(runs, "busy_share"),
                     "cycles_per_packet": _median(runs, "cycles_per_packet"),
+                    "generator_full_share": _median(runs, "generator_full_share"),
+                    "cpu_share": _median(runs, "generator_cpu_share", "device_cpu_share"),
                     "error": next((run["error"] for run in runs if "error" in run), None),
                     "chart": case.chart,
                 }
@@ -67,19 +87,34 @@ class Results:
             f"`make bench-peers`: medians of {self.pairs} interleaved runs of {self.seconds} s; "
             f"device on one core, generator on another; {_machine()}.",
             "",
-            "| case | device | median | low..high | vhostpy is | goal | cycles | busy | |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---|",
+            "| case | device | median | low..high | runs | vhostpy is | goal | cycles | busy | |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
         ]
         for row in self.rows():
             lines.append("| " + " | ".join(_cells(row)) + " |")
         lines += [
             "",
             f"Goals are ratios of medians, met at {MET:.0%}. 'Generator-limited': the device was "
-            f"less than {BUSY:.0%} busy, so that the rate is the generator's. Cycles are per "
-            "packet, of the device's polls that found work.",
+            f"less than {BUSY:.0%} busy, or the generator never had to wait for it. Cycles are per "
+            "packet, of the device's polls that found work. Where a line says 'two threads of "
+            "one core' the machine had put both processors there: such runs compare only with "
+            f"their like. {self._limit()}",
             "",
         ]
         return "\n".join(lines)
+
+    def _limit(self) -> str:
+        """The cost of lines, which bounds all copying."""
+        runs = [run for devices in self.runs.values() for some in devices.values() for run in some
+                if run["cores"] == "apart"]  # fmt: skip
+        if not runs:
+            return "The processors were never two cores."
+        near, far = _median(runs, "line_ticks_in_a_row"), _median(runs, "line_ticks")
+        return (
+            "The limit: a cache line that another core has just written costs "
+            f"{near:.0f} cycles in a row, {far:.0f} anywhere, "
+            f"{_median(runs, 'line_ticks_dependent'):.0f} where the next depends on it."
+        )
 
     def write(self, folder: Path) -> None:
         """DATE-KIND.json, .md and .svg."""
@@ -100,11 +135,14 @@ class Results:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["median"] is None:
-        return [row["text"], row["device"], "-", "", "", "", "", "", row["error"] or ""]
-    notes = []
+        return [row["text"], row["device"], "-", *[""] * 6, row["error"] or ""]
+    notes = [] if row["cores"] == "apart" else ["two threads of one core"]
     busy = row["busy_share"]
-    if busy is not None and busy < BUSY and row["unit"] != "us":
+    full = row["generator_full_share"] or 0.0
+    if row["unit"] != "us" and ((busy is not None and busy < BUSY) or full > FULL):
         notes.append("generator-limited")
+    if row["cpu_share"] is not None and row["cpu_share"] < UNDISTURBED:
+        notes.append(f"disturbed: {row['cpu_share']:.0%} of the cores were ours")
     if row.get("goal"):
         notes.append("met" if row["met"] else "**missed**")
     if row["error"]:
@@ -116,6 +154,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["device"],
         f"{row['median']:.2f} {row['unit']}",
         f"{row['low']:.2f}..{row['high']:.2f}",
+        str(row["runs"]),
         f"{ratio:.2f} x" if ratio else "",
         f"{goal:.2f} x" if goal else "",
         f"{cycles:.0f}" if cycles else "",
@@ -124,8 +163,20 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _median(runs: list[dict[str, Any]], name: str) -> float | None:
-    values = [run[name] for run in runs if run.get(name) is not None]
+def _choose(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
+    placed = [run for run in runs if run["cores"] == cores]
+    names = "generator_cpu_share", "device_cpu_share"
+    calm = [run for run in placed if all(run.get(name, 1) >= UNDISTURBED for name in names)]
+    return [run for run in calm if "value" in run] or placed
+
+
+def _median(runs: list[dict[str, Any]], *names: str) -> float | None:
+    """Over the runs, of the smallest of these."""
+    values = [
+        min(run[name] for name in names if run.get(name) is not None)
+        for run in runs
+        if any(run.get(name) is not None for name in names)
+    ]
     return statistics.median(values) if values else None
 
 

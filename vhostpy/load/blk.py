@@ -96,6 +96,7 @@ class Sample:
     """Counters at a moment, all queues together."""
 
     at_s: float
+    ran_s: float  # processor time of the generator's thread
     queues: list[dict[str, int]]
     ticks: dict[str, float]
 
@@ -356,7 +357,8 @@ class _Runner:
 
     def _sample(self) -> Sample:
         generator = self.generator
-        return Sample(time.monotonic(), generator.counters(), generator.ticks())
+        ran_s = report.thread_time_s(self.thread)
+        return Sample(time.monotonic(), ran_s, generator.counters(), generator.ticks())
 
     def _line(self, a: Sample, b: Sample, elapsed_s: float) -> str:
         return report.blk_line(self._figures(a, b), elapsed_s)
@@ -372,6 +374,8 @@ class _Runner:
             "read_kiops": reads / 1e3,
             "write_kiops": writes / 1e3,
             "mb_s": (reads + writes) * self.plan.block_bytes / 1e6,
+            # Below 1 something else ran on its processor.
+            "generator_cpu_share": (b.ran_s - a.ran_s) / seconds,
             "generator_busy_share": busy / max(b.ticks["total"] - a.ticks["total"], 1),
             "generator_cycles_per_request": busy / requests if requests else None,
         }

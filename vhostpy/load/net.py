@@ -81,6 +81,7 @@ class Sample:
     """Counters at a moment, all ports together."""
 
     at_s: float
+    ran_s: float  # processor time of the generator's thread
     pairs: list[dict[str, int]]
     ticks: dict[str, float]
 
@@ -261,22 +262,22 @@ def _phases(
     generator.enter(Phase.TEACH)
     wait(0.02)
     wait(TEACH_S, lambda: not generator.teaching)
-    _settle(generator, wait)
-    start = _sample(generator)
+    _settle(generator, thread, wait)
+    start = _sample(generator, thread)
     generator.enter(Phase.SEND)
     wait(plan.warmup_s)
     generator.forget_latencies()
-    first = previous = _sample(generator)
+    first = previous = _sample(generator, thread)
     while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
         wait(min(left, 1.0), step=1.0)
-        now = _sample(generator)
+        now = _sample(generator, thread)
         progress.show(partial(_line, previous, now, now.at_s - first.at_s))
         previous = now
-    last = _sample(generator)
+    last = _sample(generator, thread)
     latencies = generator.latencies() if plan.latency else None
     generator.enter(Phase.LISTEN)
-    _settle(generator, wait)
-    end = _sample(generator)
+    _settle(generator, thread, wait)
+    end = _sample(generator, thread)
     progress.done()
     return _result(plan, ends, first, last, start, end, latencies)
 
@@ -285,10 +286,10 @@ def _line(a: Sample, b: Sample, elapsed_s: float) -> str:
     return report.net_line(figures(a, b), elapsed_s)
 
 
-def _settle(generator: Any, wait: Callable[..., bool]) -> None:
+def _settle(generator: Any, thread: threading.Thread, wait: Callable[..., bool]) -> None:
     """Until nothing arrives any more."""
     before = -1
-    while (count := _sample(generator).total("received")) != before:
+    while (count := _sample(generator, thread).total("received")) != before:
         before = count
         wait(DRAIN_S)
 
@@ -310,8 +311,9 @@ def _want_alive(plan: NetPlan, ends: _Ends, thread: threading.Thread) -> None:
         )
 
 
-def _sample(generator: Any) -> Sample:
-    return Sample(time.monotonic(), generator.counters(), generator.ticks())
+def _sample(generator: Any, thread: threading.Thread) -> Sample:
+    ran_s = report.thread_time_s(thread)
+    return Sample(time.monotonic(), ran_s, generator.counters(), generator.ticks())
 
 
 def figures(a: Sample, b: Sample) -> dict[str, Any]:
@@ -321,18 +323,21 @@ def figures(a: Sample, b: Sample) -> dict[str, Any]:
     def per_second(name: str) -> float:
         return (b.total(name) - a.total(name)) / seconds
 
-    packets = b.total("received") - a.total("received") + b.total("sent") - a.total("sent")
+    sent = b.total("sent") - a.total("sent")
+    packets = sent + b.total("received") - a.total("received")
     busy = b.ticks["busy"] - a.ticks["busy"]
     room = b.ticks["room"] - a.ticks["room"]
     return {
         "sent_mpps": per_second("sent") / 1e6,
         "received_mpps": per_second("received") / 1e6,
         "received_gbit_s": per_second("received_bytes") * 8 / 1e9,
+        # Below 1 something else ran on its processor.
+        "generator_cpu_share": (b.ran_s - a.ran_s) / seconds,
         "generator_busy_share": busy / max(b.ticks["total"] - a.ticks["total"], 1),
         # Of what bursts could have moved. Near 1 there was always more to do.
         "generator_full_share": packets / room if room else 0.0,
         # A packet is sent and received: both halves of its way together.
-        "generator_cycles_per_packet": 2 * busy / packets if packets else None,
+        "generator_cycles_per_packet": busy / sent if sent else None,
     }
 
 

@@ -1,10 +1,15 @@
 """What `load` shows: a line while it runs, a table at the end, and spreads of latencies."""
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999, "p99_99": 0.9999}
+
+# A generator that had less than this of its processor was disturbed.
+UNDISTURBED = 0.97
 
 
 class Progress:
@@ -28,6 +33,13 @@ class Progress:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
             self._width = 0
+
+
+def thread_time_s(thread: threading.Thread) -> float:
+    """Processor time of a thread so far."""
+    if thread.ident is None or not thread.is_alive():
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def spread(bins: Sequence[tuple[int, int]], ticks_per_us: float) -> dict[str, Any]:
@@ -69,7 +81,10 @@ def wrong(result: dict[str, Any]) -> str:
 def lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The final figures, for people."""
     rows = _net_lines(result) if result["kind"] == "net" else _blk_lines(result)
-    return [*rows, ("time", f"{result['seconds']:.2f} s measured")]
+    preempted = ""
+    if result["generator_cpu_share"] < UNDISTURBED:
+        preempted = f", and something else ran for {1 - result['generator_cpu_share']:.0%} of it"
+    return [*rows, ("time", f"{result['seconds']:.2f} s measured{preempted}")]
 
 
 def _net_lines(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ def connect(path: str, timeout_s: float = 5.0) -> FrontEnd:
         raise ConfigError(f"{path}: not accepted in {timeout_s:g} s", hint) from None
     except OSError as error:
         hints = {
-            errno.ENOENT: "start the back-end first; vhostpy net --help and vhostpy blk --help show how",
+            errno.ENOENT: "start the back-end first; the help of vhostpy net and blk shows how",
             errno.ECONNREFUSED: "the file is there and nobody listens: start the back-end again",
             errno.EACCES: "run it as a user or group that may use the socket",
         }
