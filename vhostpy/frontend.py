@@ -352,10 +352,12 @@ class FrontEnd:
         base: int | None = None,
         poll: bool = False,
         enable: bool = True,
+        fifo: bool = False,
     ) -> Queue:
         """A new ring in the guest's memory, started at `base`, and enabled.
 
         `base` None: where a new ring starts. `poll`: gives the back-end no kick fd.
+        `fifo`: the driver uses its descriptors in order, not the last that came back.
         `features` None: the negotiated ones.
         """
         features = self.features if features is None else features
@@ -374,6 +376,7 @@ class FrontEnd:
             used_gpa=used_gpa,
             base=base,
             kick_fd=-1 if kick is None else kick.fileno(),
+            fifo=fifo,
         )
         queue = Queue(
             index,

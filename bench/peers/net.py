@@ -96,7 +96,11 @@ def _start(
     devices: dict[str, Device] = {}
     for kind in (Vhostpy, Testpmd, Ovs):
         if kind.name in wanted and (not options.devices or kind.name in options.devices):
-            device = kind(folder, ports)
+            device: Device = (
+                Vhostpy(folder, ports, "net", "--fdb-limit", "65536")
+                if kind is Vhostpy
+                else kind(folder, ports)
+            )
             devices[kind.name] = device
             device.start()
             device.pause()

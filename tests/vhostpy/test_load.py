@@ -25,7 +25,7 @@ from vhostpy.server import Server
 from vhostpy.vswitch.switch import Switch
 from vhostpy.worker import Workers
 
-HEADER, FRAME = 12, 12
+LAYOUTS = ("split", "packed")
 MIB = 1 << 20
 
 
@@ -56,11 +56,13 @@ def send(sockets, **plan):
 # Packets -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fifo", [False, True])
+@pytest.mark.parametrize("order", [{}, {"fifo": True}, {"in_order": True}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [(60,), (64, 1500), net.IMIX, (60, 9000), (FRAME_MAX,)])
-def test_every_frame_through_a_switch_is_verified(switch, sizes, fifo):
+def test_every_frame_through_a_switch_is_verified(switch, sizes, layout, order):
     sockets, _ = switch
-    result = send(sockets[:2], sizes=sizes, touch=Touch.FRAME, verify=True, fifo=fifo, macs=3)
+    plan = {"touch": Touch.FRAME, "verify": True, "macs": 3, "layout": layout, **order}
+    result = send(sockets[:2], sizes=sizes, **plan)
     assert result["received_packets"] > 100
     assert result["sent_packets"] == result["received_packets"] + result["lost_packets"]
     assert report.wrong(result) == "" and result["foreign_packets"] == 0
@@ -136,18 +138,12 @@ def test_an_open_loop_goes_on_where_nothing_comes_back(workers, tmp_path):
     assert result["lost_packets"] == result["sent_packets"]
 
 
-@pytest.mark.parametrize("bit", ["packed", "in_order", "queues"])
-def test_what_the_back_end_does_not_offer_is_told(workers, tmp_path, bit):
+def test_more_queues_than_there_are_is_told(workers, tmp_path):
     ends = NullNet.couple(workers)
     servers = [Server(end, path=str(tmp_path / end.name)) for end in ends]
-    plan, text = {
-        "packed": ({"layout": "packed"}, "RING_PACKED"),
-        "in_order": ({"in_order": True}, "IN_ORDER"),
-        "queues": ({"queues": 2}, "serves 1 queue pairs"),
-    }[bit]
-    with serving(*servers), pytest.raises(ConfigError, match=text) as caught:
-        send([server.path for server in servers], **plan)
-    assert caught.value.hint
+    with serving(*servers), pytest.raises(ConfigError, match="serves 1 queue pairs") as caught:
+        send([server.path for server in servers], queues=2)
+    assert caught.value.hint == "--queues 1 or less"
 
 
 # A device with faults ----------------------------------------------------------------------
@@ -238,6 +234,19 @@ def courier(workers, tmp_path):
 
 def carry(courier, **plan):
     return send([courier.path], touch=Touch.FRAME, verify=True, rate_pps=5000, seconds=0.3, **plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        ({"layout": "packed"}, "RING_PACKED"),
+        ({"in_order": True}, "IN_ORDER"),
+    ],
+)
+def test_what_the_back_end_does_not_offer_is_told(courier, plan, text):
+    with pytest.raises(ConfigError, match=text) as caught:
+        carry(courier, **plan)
+    assert caught.value.hint
 
 
 def test_a_faithful_courier_is_found_to_be_one(courier):
@@ -361,8 +370,10 @@ def request(path, **plan):
 @pytest.mark.parametrize("pattern", ["randread", "randwrite", "read", "write", "mix"])
 @pytest.mark.parametrize("indirect", [False, True])
 @pytest.mark.parametrize("queues", [1, 4])
-def test_what_is_written_is_read_back(disk, pattern, indirect, queues):
-    result = request(disk, pattern=pattern, verify=True, indirect=indirect, queues=queues)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_is_read_back(disk, pattern, indirect, queues, layout):
+    plan = {"indirect": indirect, "queues": queues, "layout": layout}
+    result = request(disk, pattern=pattern, verify=True, **plan)
     assert result["kiops"] > 0 and report.wrong(result) == ""
     # Whatever the pattern, verification reads, and writes.
     assert result["reads"] > 0 and result["writes"] > 0
@@ -449,7 +460,7 @@ def test_a_read_only_disk_is_not_written_to(workers, tmp_path):
         ({"block_bytes": 8 * MIB}, "the disk has 4194304 bytes", "a smaller --block-size"),
         ({"span_bytes": 8 * MIB}, "a span of 8388608 bytes", "a smaller --span"),
         ({"queues": 5}, "the disk has 4 queues", "--queues 4"),
-        ({"layout": "packed"}, "RING_PACKED", "--layout split"),
+        ({"in_order": True}, "IN_ORDER", "leave --in-order"),
     ],
 )
 def test_what_a_disk_cannot_do_is_told(disk, plan, text, hint):

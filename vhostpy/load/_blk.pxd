@@ -42,6 +42,7 @@ cdef class BlkGenerator:
     cdef bint random
     cdef bint verify
     cdef bint indirect
+    cdef bint packed
     cdef uint64_t read_share       # of 2**32
     cdef uint32_t block_bytes
     cdef uint64_t blocks
@@ -64,6 +65,7 @@ cdef class BlkGenerator:
     cdef bint choose(self, Slot *slot, uint32_t phase) noexcept nogil
     cdef bint claim(self, Slot *slot, uint32_t phase) noexcept nogil
     cdef int offer(self, BlkQueue *queue, uint32_t index) noexcept nogil
+    cdef uint64_t entry(self, uint32_t length, uint16_t flags, uint16_t next) noexcept nogil
     cdef void fill(self, uint8_t *data, uint64_t block, uint32_t generation) noexcept nogil
     cdef bint intact(self, const uint8_t *data, uint64_t block,
                      uint32_t generation) noexcept nogil

@@ -17,7 +17,7 @@ from vhostpy._hw cimport (
     ticks_per_us, unlikely, write_once_u32, write_once_u64,
 )
 from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
-from vhostpy._spec cimport DescriptorFlag
+from vhostpy._spec cimport DescriptorFlag, Feature
 from vhostpy.load._histogram cimport BINS, bin_of, value_of
 from vhostpy.memory cimport Segment, translate
 
@@ -26,6 +26,7 @@ cdef enum:
     HEADER_BYTES = 16
     AT_STATUS = 16
     AT_TABLE = 64
+    TABLE_BYTES = 48        # three descriptors
     CONTROL_STRIDE = 128
     TYPE_IN = 0
     TYPE_OUT = 1
@@ -123,6 +124,7 @@ cdef class BlkGenerator:
         queue.free_count = self.depth
         ring.disarm()
         queue.ring = <void *>ring
+        self.packed = ring.features >> Feature.RING_PACKED & 1
         self.keep.append(started)
 
     def __dealloc__(self):
@@ -275,7 +277,6 @@ cdef class BlkGenerator:
         cdef uint64_t control_gpa = queue.control_gpa + <uint64_t>index * CONTROL_STRIDE
         cdef uint64_t data_gpa = queue.data_gpa + <uint64_t>index * self.block_bytes
         cdef Segment pieces[3]
-        cdef uint64_t next_write
         cdef int id
         write_once_u64(control, TYPE_OUT if slot.write else TYPE_IN)
         write_once_u64(control + 8, slot.block * (self.block_bytes // SECTOR))
@@ -284,17 +285,15 @@ cdef class BlkGenerator:
             self.fill(queue.data + <uint64_t>index * self.block_bytes, slot.block,
                       slot.generation)
         if self.indirect:
-            next_write = 0 if slot.write else DescriptorFlag.DESC_WRITE
-            control += AT_TABLE
-            write_once_u64(control, control_gpa)
-            write_once_u64(control + 8, HEADER_BYTES
-                           | <uint64_t>DescriptorFlag.DESC_NEXT << 32 | <uint64_t>1 << 48)
-            write_once_u64(control + 16, data_gpa)
-            write_once_u64(control + 24, self.block_bytes
-                           | (next_write | DescriptorFlag.DESC_NEXT) << 32 | <uint64_t>2 << 48)
-            write_once_u64(control + 32, control_gpa + AT_STATUS)
-            write_once_u64(control + 40, 1 | <uint64_t>DescriptorFlag.DESC_WRITE << 32)
-            id = (<DriverVirtqueue>queue.ring).add_table(control_gpa + AT_TABLE, 48)
+            write_once_u64(control + AT_TABLE, control_gpa)
+            write_once_u64(control + AT_TABLE + 8, self.entry(HEADER_BYTES, 0, 1))
+            write_once_u64(control + AT_TABLE + 16, data_gpa)
+            write_once_u64(control + AT_TABLE + 24, self.entry(
+                self.block_bytes, 0 if slot.write else DescriptorFlag.DESC_WRITE, 2))
+            write_once_u64(control + AT_TABLE + 32, control_gpa + AT_STATUS)
+            write_once_u64(control + AT_TABLE + 40, self.entry(1, DescriptorFlag.DESC_WRITE, 0))
+            id = (<DriverVirtqueue>queue.ring).add_table(
+                control_gpa + AT_TABLE, TABLE_BYTES, 1 + (0 if slot.write else self.block_bytes))
         else:
             pieces[0].gpa, pieces[0].length = control_gpa, HEADER_BYTES
             pieces[1].gpa, pieces[1].length = data_gpa, self.block_bytes
@@ -304,6 +303,14 @@ cdef class BlkGenerator:
         if id >= 0:
             queue.owner[id] = index
         return id
+
+    cdef uint64_t entry(self, uint32_t length, uint16_t flags, uint16_t next) noexcept nogil:
+        """The second half of a descriptor in an indirect table; `next` 0: it is the last."""
+        if self.packed:
+            return length | <uint64_t>flags << 48
+        if next:
+            flags |= DescriptorFlag.DESC_NEXT
+        return length | <uint64_t>flags << 32 | <uint64_t>next << 48
 
     cdef void fill(self, uint8_t *data, uint64_t block, uint32_t generation) noexcept nogil:
         cdef uint32_t at = 0

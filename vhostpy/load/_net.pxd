@@ -1,6 +1,7 @@
 """The packet generator: a driver's queue pairs, filled and emptied by one thread."""
 cimport cython
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from vhostpy.memory cimport Segment
 
 cdef struct Side:
     # One virtqueue and its buffers. A slot is what one chain of ours is made of: one
@@ -97,7 +98,9 @@ cdef class NetGenerator:
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil
     cdef void write_payload(self, uint8_t *at, uint32_t size, uint64_t sequence) noexcept nogil
-    cdef int offer_long(self, Pair *pair, uint32_t slot, uint32_t length) noexcept nogil
+    cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
+                    bint writable) noexcept nogil
+    cdef void offer_long(self, Side *side, uint32_t slot, uint32_t length) noexcept nogil
     cdef int receive(self, Pair *pair, uint64_t now) noexcept nogil
     cdef void post(self, Side *side) noexcept nogil
     cdef void look(self, Pair *pair, const uint8_t *at, uint32_t length,

@@ -276,41 +276,36 @@ cdef class NetGenerator:
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil:
         cdef Side *side = &pair.tx
         cdef Segment pieces[BURST]
-        cdef uint32_t i, slot, size, length = 0
-        cdef int id
+        cdef uint32_t slots[BURST]
+        cdef uint32_t i, slot, size
         cdef uint8_t *at
         cdef uint64_t bytes = 0
         cdef uint64_t stamp = ticks() if self.stamps else 0
         for i in range(limit):
-            slot = take(side, self.fifo)
-            if self.touch == Touch.NONE:
-                length = side.lengths[slot]
-                bytes += length - AT_FRAME
-            else:
-                if prime:
-                    size = SHORT
-                else:
-                    size = self.sizes[pair.size_at]
-                    pair.size_at += 1
-                    if pair.size_at == self.size_count:
-                        pair.size_at = 0
-                at = memory_of(side, slot)
-                self.write_header(pair, at, size, prime, stamp)
-                stamp = 0       # one frame of each burst is timed
-                if self.touch == Touch.FRAME:
-                    self.write_payload(at, size, pair.sequence)
-                bytes += size
-                length = AT_FRAME + size
-                pair.sequence += not prime
-            if unlikely(length > self.room):
-                if self.offer_long(pair, slot, length) < 0:
-                    put(side, slot)
-                    break
-                continue
+            slots[i] = slot = take(side, self.fifo)
             pieces[i].gpa = side.gpa + <uint64_t>slot * side.slot_stride
-            pieces[i].length = length
-            id = (<DriverVirtqueue>side.ring).add_chain(&pieces[i], 1, 0)
-            side.owner[<uint32_t>id & side.mask] = slot
+            if self.touch == Touch.NONE:
+                pieces[i].length = side.lengths[slot]
+                bytes += pieces[i].length - AT_FRAME
+                continue
+            if prime:
+                size = SHORT
+            else:
+                size = self.sizes[pair.size_at]
+                pair.size_at = pair.size_at + 1 if pair.size_at + 1 < self.size_count else 0
+            at = memory_of(side, slot)
+            self.write_header(pair, at, size, prime, stamp)
+            stamp = 0       # one frame of each burst is timed
+            if self.touch == Touch.FRAME:
+                self.write_payload(at, size, pair.sequence)
+            bytes += size
+            pieces[i].length = AT_FRAME + size
+            pair.sequence += not prime
+        if unlikely(self.jumbo):
+            for i in range(limit):
+                self.offer_long(side, slots[i], pieces[i].length)
+        else:
+            self.offer(side, pieces, slots, limit, False)
         if (<DriverVirtqueue>side.ring).publish():
             kick(pair, side)
         if prime:
@@ -320,21 +315,29 @@ cdef class NetGenerator:
             pair.count.sent_bytes += bytes
         return limit
 
-    cdef int offer_long(self, Pair *pair, uint32_t slot, uint32_t length) noexcept nogil:
+    cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
+                    bint writable) noexcept nogil:
+        """Chains of one buffer each. There are descriptors for all slots together."""
+        cdef uint16_t ids[BURST]
+        cdef int i
+        count = (<DriverVirtqueue>side.ring).add_burst(pieces, count, writable, ids)
+        for i in range(count):
+            side.owner[ids[i]] = slots[i]
+
+    cdef void offer_long(self, Side *side, uint32_t slot, uint32_t length) noexcept nogil:
         """A frame in several buffers."""
         cdef Segment pieces[PIECES]
         cdef int count = 0, id
-        cdef uint64_t gpa = pair.tx.gpa + <uint64_t>slot * pair.tx.slot_stride
+        cdef uint64_t gpa = side.gpa + <uint64_t>slot * side.slot_stride
         while length:
             pieces[count].gpa = gpa
             pieces[count].length = min(length, self.room)
             length -= pieces[count].length
             gpa += self.stride
             count += 1
-        id = (<DriverVirtqueue>pair.tx.ring).add_chain(pieces, count, 0)
+        id = (<DriverVirtqueue>side.ring).add_chain(pieces, count, 0)
         if id >= 0:
-            pair.tx.owner[id] = slot
-        return id
+            side.owner[id] = slot
 
     cdef void write_header(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
                            uint64_t stamp) noexcept nogil:
@@ -416,15 +419,16 @@ cdef class NetGenerator:
 
     cdef void post(self, Side *side) noexcept nogil:
         """Gives the device all buffers that are free."""
-        cdef Segment piece
-        cdef uint32_t slot
-        cdef int id
-        piece.length = self.room
+        cdef Segment pieces[BURST]
+        cdef uint32_t slots[BURST]
+        cdef int count, i
         while side.free:
-            slot = take(side, self.fifo)
-            piece.gpa = side.gpa + <uint64_t>slot * side.slot_stride
-            id = (<DriverVirtqueue>side.ring).add_chain(&piece, 0, 1)
-            side.owner[<uint32_t>id & side.mask] = slot
+            count = min(side.free, <uint32_t>BURST)
+            for i in range(count):
+                slots[i] = take(side, self.fifo)
+                pieces[i].gpa = side.gpa + <uint64_t>slots[i] * side.slot_stride
+                pieces[i].length = self.room
+            self.offer(side, pieces, slots, count, True)
 
     cdef void look(self, Pair *pair, const uint8_t *at, uint32_t length,
                    uint64_t now) noexcept nogil:

@@ -14,7 +14,7 @@ from vhostpy._spec import Feature, ProtocolFeature
 
 FEATURES = (
     Feature.VERSION_1, Feature.NET_MRG_RXBUF, Feature.NET_MQ, Feature.EVENT_IDX,
-    Feature.INDIRECT_DESC, Feature.PROTOCOL_FEATURES,
+    Feature.INDIRECT_DESC, Feature.PROTOCOL_FEATURES, Feature.RING_PACKED, Feature.IN_ORDER,
 )
 
 

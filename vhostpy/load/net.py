@@ -206,8 +206,8 @@ def _start(plan: NetPlan, front_end: FrontEnd, path: str) -> list[tuple[Queue, Q
     front_end.set_mem_table()
     queues = []
     for index in range(plan.queues):
-        rx = front_end.start_queue(2 * index, plan.queue_size)
-        tx = front_end.start_queue(2 * index + 1, plan.queue_size)
+        rx = front_end.start_queue(2 * index, plan.queue_size, fifo=plan.fifo)
+        tx = front_end.start_queue(2 * index + 1, plan.queue_size, fifo=plan.fifo)
         queues.append((rx, tx, front_end.allocate(buffers), front_end.allocate(buffers)))
     return queues
 
