@@ -4,7 +4,7 @@ PYTEST := $(PYTHON) -m pytest
 BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace --parallel 2
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long bench lint annotate debug clean distclean
+.PHONY: help build demo test test-long bench bench-peers lint annotate debug clean distclean
 
 help:           ## lists the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +32,12 @@ bench:          ## start-up time, idle CPU, memory, throughput
 	@tests/peers/install.sh build
 	@$(call compile,release,)
 	@$(PYTEST) bench
+
+bench-peers:    ## vhostpy beside testpmd, OVS-DPDK, qemu-storage-daemon; 40 minutes
+	@tests/peers/install.sh build
+	@bench/peers/install.sh
+	@$(call compile,release,)
+	@$(PYTHON) -m bench.peers
 
 lint:           ## ruff, mypy, cython-lint
 	@tests/peers/install.sh build

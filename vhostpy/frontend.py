@@ -105,13 +105,20 @@ class SharedMemory:
     fd: OwnedFd
     regions: tuple[MemoryRegion, ...]
     map: GuestMemory
+    page_bytes: int = PAGE
     _next: list[int] = field(default_factory=list)  # per region, first free GPA
 
     @classmethod
-    def create(cls, layout: Sequence[tuple[int, int]]) -> Self:
-        """`layout`: (GPA, size) of each region, sizes in whole pages."""
-        fd = OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(fd.fileno(), sum(size for _, size in layout))
+    def create(cls, layout: Sequence[tuple[int, int]], *, hugepages: bool = False) -> Self:
+        """`layout`: (GPA, size) of each region, sizes in whole pages.
+
+        `hugepages`: of 2 MiB, where the machine has enough of them free.
+        """
+        total = sum(size for _, size in layout)
+        fd = _huge_memory(total) if hugepages else None
+        if fd is None:
+            fd = OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            os.ftruncate(fd.fileno(), total)
         regions, offset = [], 0
         for gpa, size in layout:
             regions.append(MemoryRegion(gpa, size, UVA_BASE + gpa, offset))
@@ -120,7 +127,8 @@ class SharedMemory:
             RegionInfo(r.gpa, r.size, r.uva, Mapping(fd.fileno(), r.offset, r.size))
             for r in regions
         ]
-        return cls(fd, tuple(regions), GuestMemory(infos), [r.gpa for r in regions])
+        page = os.fstat(fd.fileno()).st_blksize
+        return cls(fd, tuple(regions), GuestMemory(infos), page, [r.gpa for r in regions])
 
     def allocate(self, size: int, alignment: int = PAGE) -> int:
         """The GPA of `size` bytes that nobody has been given before."""
@@ -141,6 +149,7 @@ class FrontEnd:
         *,
         timeout_s: float = 5.0,
         layout: Sequence[tuple[int, int]] = DEFAULT_LAYOUT,
+        hugepages: bool = False,
     ) -> None:
         if isinstance(target, str):
             self.sock = _connect(target, timeout_s)
@@ -151,7 +160,8 @@ class FrontEnd:
         self.features = 0
         self.protocol_features = 0
         self.queues: dict[int, Queue] = {}
-        self._layout = layout
+        self.layout = layout  # read once, when `shared` is first looked at
+        self.hugepages = hugepages
         self._shared: SharedMemory | None = None
         self._decoder = Decoder(REPLIES_TO_FRONT_END)
 
@@ -293,7 +303,7 @@ class FrontEnd:
     def shared(self) -> SharedMemory:
         """The guest's memory, made at the first look."""
         if self._shared is None:
-            self._shared = SharedMemory.create(self._layout)
+            self._shared = SharedMemory.create(self.layout, hugepages=self.hugepages)
         return self._shared
 
     @property
@@ -342,10 +352,12 @@ class FrontEnd:
         base: int | None = None,
         poll: bool = False,
         enable: bool = True,
+        fifo: bool = False,
     ) -> Queue:
         """A new ring in the guest's memory, started at `base`, and enabled.
 
         `base` None: where a new ring starts. `poll`: gives the back-end no kick fd.
+        `fifo`: the driver uses its descriptors in order, not the last that came back.
         `features` None: the negotiated ones.
         """
         features = self.features if features is None else features
@@ -364,6 +376,7 @@ class FrontEnd:
             used_gpa=used_gpa,
             base=base,
             kick_fd=-1 if kick is None else kick.fileno(),
+            fifo=fifo,
         )
         queue = Queue(
             index,
@@ -442,6 +455,21 @@ def _connect(path: str, timeout_s: float) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+
+
+def _huge_memory(size: int) -> OwnedFd | None:
+    """A memfd of hugepages that are ours already; None where there are too few."""
+    try:
+        fd = OwnedFd(os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB))
+    except OSError:
+        return None
+    try:
+        # Without a page for each byte now, the first touch would be a SIGBUS.
+        os.posix_fallocate(fd.fileno(), 0, size)
+    except OSError:
+        fd.close()
+        return None
+    return fd
 
 
 def _eventfd() -> OwnedFd:

@@ -125,6 +125,19 @@ BAD_USAGE = {
     "too many addresses": ("net --socket s --fdb-limit 65537", "a whole number from 1 to 65536"),
     "bad wait": ("net --socket s --full-wait soon", "'soon' is not a time"),
     "unknown action": ("fdb drop", "invalid choice: 'drop'"),
+    "load without a socket": ("load", "e.g. vhostpy load /tmp/vu0 /tmp/vu1"),
+    "load on one socket twice": ("load --type net s s", "each serves one front-end"),
+    "load on two disks": ("load --type blk s t", "start a load for each"),
+    "packets for a disk": ("load --type blk s --size 64", "--size is for packets"),
+    "a depth for packets": ("load --type net s --depth 4", "--depth is for disks"),
+    "latency untouched": ("load --type net s --unkind 0 --latency", "--unkind 1 or more"),
+    "more senders than sockets": ("load --type net s --senders 2", "2 senders of 1 sockets"),
+    "tiny frames": ("load --type net s --size 64,59", "60 to 65557 bytes"),
+    "a mix that is none": ("load --type net s --size simix", "or imix"),
+    "no rate": ("load --type net s --rate 0", "packets a second, e.g. 500K"),
+    "no time": ("load --type net s --seconds 0", "seconds, e.g. 2 or 0.5"),
+    "odd queue": ("load --type net s --queue-size 100", "a power of two from 2 to 32768"),
+    "two processors": ("load --type net s --cpu 0,0", "a processor is named twice"),
     "bad log level": ("net --socket s --log-level loud", "invalid choice: 'loud'"),
 }
 
@@ -158,6 +171,8 @@ FAILURES = {
     "control in no directory": ("net --socket s --control none/c", "cannot make the control"),
     "no process": ("fdb show", "no vhostpy process runs"),
     "no process of that name": ("stats vu9", "no vhostpy process is called 'vu9'"),
+    "load on nothing": ("load no-such", "No such file", "start the back-end first"),
+    "load on a dead socket": ("load dead", "Connection refused", "start the back-end again"),
     "dead control socket": ("status --control dead", "dead: cannot reach", "Connection refused"),
 }
 
@@ -431,6 +446,59 @@ def test_the_tables_libraries_are_not_loaded_to_serve(place):
         modules = set(loaded.stdout.split())
         assert "vhostpy.server" in modules
         assert not {"rich", "pyroute2", "scapy", "importlib.metadata"} & modules
+
+
+# Load --------------------------------------------------------------------------------------
+
+
+def test_packets_are_sent_between_two_ports(place):
+    words = "load vu0 vu1 --seconds 0.3 --warmup 0.1 --size imix --macs 5 --verify"
+    with Running("net", "--socket", "vu0", "--socket", "vu1"):
+        result = run(*words.split(), "--json")
+        table = run(*words.split())
+    assert (result.returncode, table.returncode) == (0, 0), result.stderr + table.stderr
+    figures = json.loads(result.stdout)
+    assert figures["received_packets"] > 100 and figures["verified"]
+    assert figures["sent_packets"] == figures["received_packets"] + figures["lost_packets"]
+    assert [port["socket"] for port in figures["ports"]] == ["vu0", "vu1"]
+    assert "every byte that arrived, in order" in table.stdout and "Mpps" in table.stdout
+    assert table.stderr == ""  # no terminal, no progress
+
+
+def test_a_disk_is_read_and_written(place):
+    words = "load vb0 --seconds 0.3 --warmup 0.1 --pattern mix --verify"
+    with Running("blk", "--socket", "vb0", "--ram", "8M"):
+        result = run(*words.split(), "--json")
+        table = run(*words.split())
+    assert (result.returncode, table.returncode) == (0, 0), result.stderr + table.stderr
+    figures = json.loads(result.stdout)
+    assert figures["reads"] > 10 and figures["writes"] > 10 and figures["verified"]
+    assert "every block that was written" in table.stdout and "kIOPS" in table.stdout
+
+
+def test_a_load_whose_requests_fail_says_so(place):
+    image = place / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with Running("blk", "--socket", "vb0", "--file", image):
+        with image.open("r+b") as file:
+            file.truncate(4096)
+        result = run(*"load vb0 --seconds 0.2 --warmup 0.1 --json".split())
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["failed_requests"] > 0
+
+
+@pytest.mark.parametrize(
+    ("level", "touched"),
+    [
+        (0, ("none", "fifo", "clean")), (1, ("header", "fifo", "clean")),
+        (2, ("header", "lifo", "dirty")), (3, ("frame", "lifo", "dirty")),
+    ],
+)  # fmt: skip
+def test_levels_of_unkindness(place, level, touched):
+    words = f"load vu0 vu1 --seconds 0.1 --warmup 0.1 --unkind {level} --json"
+    with Running("net", "--socket", "vu0", "--socket", "vu1"):
+        figures = json.loads(run(*words.split()).stdout)
+    assert (figures["touch"], figures["ids"], figures["rx_headers"]) == touched
 
 
 def test_a_hung_process_does_not_hide_the_others(place):

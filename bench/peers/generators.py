@@ -1,0 +1,134 @@
+"""Generators on core 1: vhostpy's own `load`, and DPDK's virtio-user as a witness."""
+
+import re
+import time
+from typing import Any
+
+from bench.peers.devices import Device, Interactive, cpu_s
+from vhostpy.load import blk, net, report
+
+GENERATOR_CORE = 1
+WARMUP_S = 1.3  # a device's figures may be a second old when they are asked for
+MACS = ("02:00:00:00:00:10", "02:00:00:00:00:11")
+
+
+class Watch(report.Progress):
+    """The device's load, and its share of its core, from the first measured second to the last."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(False)
+        self.device = device
+        self.mark: Any = None
+        self.since: tuple[float, float] | None = None
+        self.load: dict[str, float] = {}
+
+    def show(self, text: Any = None) -> None:
+        if self.since is None:
+            self.mark, self.since = self.device.mark(), self._times()
+        else:
+            self.load = self.device.load(self.mark)
+            now_s, used_s = self._times()
+            share = (used_s - self.since[1]) / (now_s - self.since[0])
+            if self.device.polls:
+                self.load["device_cpu_share"] = share
+
+    def _times(self) -> tuple[float, float]:
+        assert self.device.process is not None
+        return time.monotonic(), cpu_s(self.device.process.pid)
+
+
+def own_net(device: Device, seconds: int, **plan: Any) -> dict[str, Any]:
+    """One run of `vhostpy load`: `value` is received Mpps."""
+    watch = Watch(device)
+    result = net.run(
+        net.NetPlan(tuple(device.sockets), seconds=seconds, warmup_s=WARMUP_S,
+                    cpu=GENERATOR_CORE, **plan),
+        watch,
+    )  # fmt: skip
+    run = {"value": result["received_mpps"], **watch.load, "lost_share": result["lost_share"]}
+    names = "received_gbit_s", "generator_full_share", "generator_cpu_share"
+    run |= {name: result[name] for name in names}
+    if result["latency_us"]:
+        run |= {f"latency_{name}_us": result["latency_us"][name] for name in ("p50", "p99")}
+    if problem := report.wrong(result):
+        raise RuntimeError(f"{device.name}: {problem}")
+    if "cycles_per_packet" not in run and run.get("busy_share") and run["value"]:
+        per_second = 1e6 * ticks_per_us()
+        # What came in, whether or not it went out.
+        run["cycles_per_packet"] = run["busy_share"] * per_second / (result["sent_mpps"] * 1e6)
+    return run
+
+
+def own_blk(device: Device, seconds: int, **plan: Any) -> dict[str, Any]:
+    """One run of `vhostpy load`: `value` is kIOPS."""
+    watch = Watch(device)
+    result = blk.run(
+        blk.BlkPlan(device.sockets[0], seconds=seconds, warmup_s=WARMUP_S, cpu=GENERATOR_CORE,
+                    **plan),
+        watch,
+    )  # fmt: skip
+    if problem := report.wrong(result):
+        raise RuntimeError(f"{device.name}: {problem}")
+    run = {"value": result["kiops"], **watch.load, "mb_s": result["mb_s"]}
+    latency = result["read_latency_us" if result["reads"] else "write_latency_us"]
+    run |= {f"latency_{name}_us": latency[name] for name in ("p50", "p99")}
+    names = "generator_cycles_per_request", "generator_cpu_share"
+    run |= {name: result[name] for name in names}
+    return run
+
+
+def fill(device: Device) -> None:
+    """Writes all of a disk: memory that was never written is one page of zeros, and fast."""
+    plan = blk.BlkPlan(device.sockets[0], pattern="write", block_bytes=128 << 10, depth=16,
+                       seconds=2, cpu=GENERATOR_CORE)  # fmt: skip
+    result = blk.run(plan)
+    if result["writes"] * plan.block_bytes < result["capacity_bytes"]:
+        raise RuntimeError(f"{device.name}: {result['mb_s']:.0f} MB/s are too slow to fill it")
+
+
+def dpdk(device: Device, seconds: int, *, size: int, vdev: str = "") -> dict[str, Any]:
+    """One run of testpmd with two virtio-user ports: `value` is what returns, in Mpps."""
+    eal = ["--single-file-segments"]
+    for index, path in enumerate(device.sockets[:2]):
+        eal += ["--vdev", f"net_virtio_user{index},mac={MACS[index]},path={path},"
+                          f"queue_size=1024{vdev}"]  # fmt: skip
+    prompt = Interactive(GENERATOR_CORE, "gen", eal, ["--burst=64"])
+    try:
+        prompt.command(f"set txpkts {size}")
+        prompt.command(f"set eth-peer 0 {MACS[1]}")
+        prompt.command(f"set eth-peer 1 {MACS[0]}")
+        # A learning switch has to have seen both addresses before the load starts.
+        prompt.command("set fwd txonly")
+        prompt.command("start")
+        time.sleep(0.2)
+        prompt.command("stop")
+        prompt.command("set fwd io")
+        prompt.command("start tx_first 16")
+        time.sleep(WARMUP_S)
+        watch = Watch(device)
+        watch.show()
+        prompt.command("show port stats all")
+        started_s, used_s = time.monotonic(), cpu_s(prompt.process.pid)
+        time.sleep(seconds)
+        share = (cpu_s(prompt.process.pid) - used_s) / (time.monotonic() - started_s)
+        output = prompt.command("show port stats all")
+        watch.show()
+    finally:
+        prompt.close()
+    mpps = sum(int(n) for n in re.findall(r"Rx-pps:\s+(\d+)", output)) / 1e6
+    run = {"value": mpps, "generator_cpu_share": share, **watch.load}
+    if "cycles_per_packet" not in run and run.get("busy_share") and mpps:
+        run["cycles_per_packet"] = run["busy_share"] * ticks_per_us() / mpps
+    return run
+
+
+_rate: list[float] = []
+
+
+def ticks_per_us() -> float:
+    """Of the clock in which devices count cycles."""
+    if not _rate:
+        from vhostpy.load._net import clock_rate
+
+        _rate.append(clock_rate())
+    return _rate[0]

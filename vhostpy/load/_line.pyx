@@ -1,0 +1,126 @@
+"""What a cache line costs that another processor has just written: the limit of all copying.
+
+A frame of 64 bytes crosses in about three lines, one of 1500 in 24; no device can be faster
+than their sum. On virtual machines the cost changes with where the processors are put: it
+says which figures may be compared.
+"""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from vhostpy._hw cimport (
+    cpu_pause, load_acquire_u32, read_once_u64, store_release_u32, ticks, write_once_u64,
+)
+
+import os
+import threading
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef enum:
+    LINES = 256
+    LINE = 64
+    ROUNDS = 400
+    WARM = 20              # rounds that are not counted
+    WRITER = 0
+    READER = 1
+    NOBODY = 2
+
+
+cdef class Line:
+    """Lines that a writer fills and a reader reads, in turns."""
+    cdef uint8_t *lines
+    cdef uint64_t *order           # lines as they are read
+    cdef uint64_t *costs           # of each round, in ticks
+    cdef uint32_t turn
+    cdef bint dependent
+
+    def __cinit__(self, *, bint dependent=False, bint in_a_row=False):
+        cdef int i
+        self.dependent = dependent
+        self.lines = <uint8_t *>aligned_alloc(LINE, LINES * LINE)
+        self.order = <uint64_t *>calloc(LINES, sizeof(uint64_t))
+        self.costs = <uint64_t *>calloc(ROUNDS, sizeof(uint64_t))
+        if self.lines == NULL or self.order == NULL or self.costs == NULL:
+            raise MemoryError
+        from random import Random
+
+        order = list(range(LINES))
+        if not in_a_row:
+            Random(1).shuffle(order)
+        for i in range(LINES):
+            self.order[i] = order[i]
+
+    def __dealloc__(self):
+        free(self.lines)
+        free(self.order)
+        free(self.costs)
+
+    cdef bint wait(self, uint32_t whose) noexcept nogil:
+        cdef uint32_t turn = load_acquire_u32(&self.turn)
+        while turn != whose and turn != NOBODY:
+            cpu_pause()
+            turn = load_acquire_u32(&self.turn)
+        return turn == whose
+
+    cdef void write(self) noexcept nogil:
+        cdef int i
+        while self.wait(WRITER):
+            # Each line names the next, for a reader that follows them.
+            for i in range(LINES):
+                write_once_u64(self.lines + self.order[i] * LINE,
+                               self.order[(i + 1) % LINES] * LINE)
+            store_release_u32(&self.turn, READER)
+
+    cdef uint64_t read(self) noexcept nogil:
+        cdef uint64_t start, at, total = 0
+        cdef int i, i_round
+        for i_round in range(ROUNDS):
+            self.wait(READER)
+            start = ticks()
+            if self.dependent:
+                at = self.order[0] * LINE
+                for i in range(LINES):
+                    at = read_once_u64(self.lines + at)
+                total += at
+            else:
+                for i in range(LINES):
+                    total += read_once_u64(self.lines + self.order[i] * LINE)
+            # The clock must not be read before the sum is there.
+            self.costs[i_round] = ticks() - start + (total & 0)
+            store_release_u32(&self.turn, WRITER)
+        store_release_u32(&self.turn, NOBODY)
+        return total
+
+    def run(self, int writer_cpu, int reader_cpu) -> float:
+        """Ticks a line, the median of the rounds."""
+        cdef int i
+
+        def writing():
+            os.sched_setaffinity(0, {writer_cpu})
+            with nogil:
+                self.write()
+
+        def reading():
+            os.sched_setaffinity(0, {reader_cpu})
+            with nogil:
+                self.read()
+
+        threads = [threading.Thread(target=work) for work in (writing, reading)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        costs = sorted([self.costs[i] for i in range(WARM, ROUNDS)])
+        return costs[len(costs) // 2] / LINES
+
+
+def line_cost(writer_cpu: int, reader_cpu: int) -> dict:
+    """Ticks for a line of another processor: of many that lie in a row, as in a long frame;
+    of many that lie anywhere, as with short ones; and where each says where the next is."""
+    ways = {
+        "line_ticks_in_a_row": Line(in_a_row=True),
+        "line_ticks": Line(),
+        "line_ticks_dependent": Line(dependent=True),
+    }
+    return {name: line.run(writer_cpu, reader_cpu) for name, line in ways.items()}

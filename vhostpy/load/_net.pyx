@@ -1,0 +1,576 @@
+"""The packet generator: a driver's queue pairs, filled and emptied by one thread.
+
+It sends as a guest's driver does, whatever comes back: an open loop, since a closed one
+shrinks with each frame that is dropped. How much it touches its frames decides what can
+be seen of a device (`Touch`): one that never writes leaves all lines in the device's cache.
+
+A frame, from the virtio header on (which is 12 bytes: VERSION_1 is always negotiated):
+
+    12 destination, 18 source, 24 type, 26 stream, 28 flow, 32 sequence, 40 stamp, 48 size
+
+so that all that is written and read of it in `Touch.HEADER` lies in its first cache line.
+A stream is a sending queue pair; a flow is a pair of MAC addresses in it.
+"""
+cimport cython
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+from posix.unistd cimport write
+
+from vhostpy._hw cimport (
+    cpu_pause, load_acquire_u32, prefetch_read, read_once_u16, read_once_u32, read_once_u64,
+    store_release_u32, ticks, ticks_per_us, unlikely, write_once_u16, write_once_u32,
+    write_once_u64,
+)
+from vhostpy._ring cimport BURST, RING_BROKEN, DriverVirtqueue, UsedEntry
+from vhostpy.load._histogram cimport BINS, bin_of, value_of
+from vhostpy.memory cimport Segment, translate
+
+cdef enum:
+    AT_BUFFERS = 10         # num_buffers of the virtio header
+    AT_FRAME = 12
+    AT_TYPE = 24
+    AT_STREAM = 26
+    AT_FLOW = 28
+    AT_SEQUENCE = 32
+    AT_STAMP = 40
+    AT_SIZE = 48
+    AT_PAYLOAD = 52
+
+    OURS = 0xB588           # 0x88B5, IEEE 802: "Local Experimental", on the wire
+    PRIME = 0xB688          # 0x88B6, the other one: teaches a switch where a MAC is
+
+    TEMPLATES = 256         # payloads differ by where they start in the template
+    PIECES = 64             # of one frame, at most
+    SHORT = 60              # the shortest frame, checksum excluded
+    FRAME_LIMIT = 65535 + 14 + 8
+
+cpdef enum Touch:
+    # What the generator does with its frames' memory, from flattering to unkind.
+    NONE = 0                # frames were written once, and are never read
+    HEADER = 1              # the first line is written and read
+    FRAME = 2               # all of it is written, read and compared
+
+cpdef enum Phase:
+    LISTEN = 0              # only receives
+    TEACH = 1               # sends a frame from each MAC
+    SEND = 2
+
+FRAME_MIN, FRAME_MAX, MACS_MAX = SHORT, FRAME_LIMIT, 65536
+
+
+# --- Slots ---------------------------------------------------------------------------
+
+cdef inline uint32_t take(Side *side, bint fifo) noexcept nogil:
+    # The caller has looked that one is free.
+    side.free -= 1
+    if fifo:
+        side.first += 1
+        return side.pool[(side.first - 1) & side.mask]
+    return side.pool[(side.first + side.free) & side.mask]
+
+
+cdef inline void put(Side *side, uint32_t slot) noexcept nogil:
+    side.pool[(side.first + side.free) & side.mask] = slot
+    side.free += 1
+
+
+cdef inline uint8_t *memory_of(Side *side, uint32_t slot) noexcept nogil:
+    return side.buffers + <uint64_t>slot * side.slot_stride
+
+
+cdef inline void kick(Pair *pair, Side *side) noexcept nogil:
+    cdef uint64_t one = 1
+    cdef ssize_t ignored
+    if side.kick_fd >= 0:
+        pair.count.kicks += 1
+        ignored = write(side.kick_fd, &one, 8)
+
+
+cdef inline uint64_t mac_tail(uint32_t flow) noexcept nogil:
+    return (flow >> 8 & 0xff) | (flow & 0xff) << 8
+
+
+cdef inline uint64_t mac_head(uint32_t port) noexcept nogil:
+    return 0x7602 | <uint64_t>(port >> 8 & 0xff) << 16 | <uint64_t>(port & 0xff) << 24
+
+
+def mac(port: int, flow: int) -> bytes:
+    """The address of a port's station number `flow`."""
+    return (<uint64_t>mac_head(port) | <uint64_t>mac_tail(flow) << 32).to_bytes(6, "little")
+
+
+@cython.final
+cdef class NetGenerator:
+    """Sends and receives on all queue pairs; `run` on a thread, the rest from another.
+
+    `pairs`: (rx queue, tx queue, rx buffers' GPA, tx buffers' GPA, port, peer, sends) of
+    each; a queue is a `frontend.Queue`. Slots must fit: `slots_of` says how many there are.
+    """
+
+    def __cinit__(self, pairs, *, sizes, int touch, bint fifo=False, bint dirty=True,
+                  bint verify=False, bint stamps=False, bint broadcast=False,
+                  bint mergeable=True, int room=2048, int stride=2304, int macs=1,
+                  int burst=BURST, int window=0, double rate_pps=0.0, int ports=2):
+        cdef int i, senders = 0
+        cdef uint64_t flows
+        if not pairs or not sizes:
+            raise ValueError("no queue pair, or no size")
+        if not FRAME_MIN <= min(sizes) <= max(sizes) <= FRAME_MAX:
+            raise ValueError(f"frames of {min(sizes)} to {max(sizes)} bytes")
+        if not 0 < macs <= MACS_MAX or not 0 < burst <= BURST or window < 0:
+            raise ValueError("macs, burst or window")
+        if not AT_PAYLOAD <= room <= stride or -(-(AT_FRAME + max(sizes)) // room) > PIECES:
+            raise ValueError(f"frames of {max(sizes)} bytes in buffers of {room}")
+        self.touch, self.fifo, self.dirty, self.verify = touch, fifo, dirty, verify
+        self.stamps, self.broadcast, self.mergeable = stamps, broadcast, mergeable
+        self.room, self.stride, self.macs, self.burst = room, stride, macs, burst
+        self.window = window
+        self.jumbo = AT_FRAME + max(sizes) > room
+        self.rate_us = ticks_per_us()
+        self.count = len(pairs)
+        self.pairs = <Pair *>calloc(self.count, sizeof(Pair))
+        self.size_count = len(sizes)
+        self.sizes = <uint32_t *>calloc(self.size_count, sizeof(uint32_t))
+        self.template = <uint8_t *>calloc(1, FRAME_LIMIT + TEMPLATES)
+        self.histogram = <uint64_t *>calloc(BINS, sizeof(uint64_t))
+        flows = <uint64_t>self.count * macs * (ports if broadcast else 1)
+        self.seen = <uint64_t *>calloc(flows if verify else 1, sizeof(uint64_t))
+        if (self.pairs == NULL or self.sizes == NULL or self.template == NULL
+                or self.histogram == NULL or self.seen == NULL):
+            raise MemoryError
+        from random import Random
+
+        noise = Random(1).randbytes(FRAME_LIMIT + TEMPLATES)
+        memcpy(self.template, <const uint8_t *>noise, FRAME_LIMIT + TEMPLATES)
+        for i in range(self.size_count):
+            self.sizes[i] = sizes[i]
+        self.keep = []
+        for i, (rx, tx, rx_gpa, tx_gpa, port, peer, sends) in enumerate(pairs):
+            self.pairs[i].port, self.pairs[i].peer, self.pairs[i].sends = port, peer, sends
+            senders += bool(sends)
+            self._wire(&self.pairs[i].rx, rx, rx_gpa, 1)
+            self._wire(&self.pairs[i].tx, tx, tx_gpa, -(-(AT_FRAME + max(sizes)) // room))
+            self.prepare(&self.pairs[i])
+        if rate_pps > 0 and senders:
+            self.ticks_per_frame = self.rate_us * 1e6 / rate_pps * senders
+
+    cdef _wire(self, Side *side, queue, gpa, pieces):
+        cdef DriverVirtqueue ring = queue.ring
+        cdef Segment whole
+        cdef uint32_t hint = 0, i
+        size = ring.size
+        side.slots = size // pieces
+        if side.slots == 0:
+            raise ValueError(f"frames of {pieces} buffers in a queue of {size}")
+        side.slot_stride = pieces * self.stride
+        side.owner = <uint32_t *>calloc(size, sizeof(uint32_t))
+        side.pool = <uint32_t *>calloc(size, sizeof(uint32_t))
+        side.lengths = <uint32_t *>calloc(size, sizeof(uint32_t))
+        if side.owner == NULL or side.pool == NULL or side.lengths == NULL:
+            raise MemoryError
+        if translate(&ring.memory.map, gpa, <uint64_t>side.slots * side.slot_stride, &whole, 1,
+                     &hint) != 1:
+            raise ValueError(f"buffers at {gpa:#x} are not in one piece of memory")
+        side.buffers, side.gpa = whole.hva, gpa
+        side.mask = size - 1
+        side.kick_fd = -1 if queue.kick is None else queue.kick.fileno()
+        for i in range(side.slots):
+            put(side, i)
+        ring.disarm()
+        side.ring = <void *>ring
+        self.keep.append(queue)
+
+    def __dealloc__(self):
+        cdef int i
+        if self.pairs != NULL:
+            for i in range(self.count):
+                free_side(&self.pairs[i].rx)
+                free_side(&self.pairs[i].tx)
+        free(self.pairs)
+        free(self.sizes)
+        free(self.template)
+        free(self.histogram)
+        free(self.seen)
+
+    # The loop. -----------------------------------------------------------------------------
+
+    cdef void loop(self) noexcept nogil:
+        cdef uint64_t now = ticks(), after, started = now, before = self.total_ticks
+        cdef uint32_t phase = Phase.LISTEN, wanted
+        cdef int found, i
+        while not load_acquire_u32(&self.stopping) and not self.broken:
+            wanted = load_acquire_u32(&self.phase)
+            if wanted != phase:
+                phase = wanted
+                for i in range(self.count):
+                    self.pairs[i].paced_at = <double>now
+                    self.pairs[i].heard_at = now
+                    self.pairs[i].primes = self.macs if phase == Phase.TEACH else 0
+            found = 0
+            for i in range(self.count):
+                found += self.turn(&self.pairs[i], phase, now)
+                if unlikely(self.broken):
+                    break
+            after = ticks()
+            if found:
+                self.busy_ticks += after - now
+                self.busy_turns += 1
+            else:
+                cpu_pause()
+            self.total_ticks = before + (after - started)
+            now = after
+
+    cdef int turn(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil:
+        cdef int found = self.receive(pair, now), limit
+        if pair.sends or pair.primes:
+            self.reclaim(pair)
+            limit = self.allowance(pair, phase, now)
+            if limit:
+                found += self.send(pair, limit, phase == Phase.TEACH)
+        return found
+
+    # Sending.
+
+    cdef int reclaim(self, Pair *pair) noexcept nogil:
+        """Takes back what the device has sent."""
+        cdef UsedEntry used[BURST]
+        cdef int count = (<DriverVirtqueue>pair.tx.ring).collect(used, BURST), i
+        if unlikely(count < 0):
+            self.broken = 1 + <int>(pair - self.pairs)
+            return 0
+        for i in range(count):
+            put(&pair.tx, pair.tx.owner[used[i].id])
+        return count
+
+    cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil:
+        """How many frames are to be sent now."""
+        cdef uint32_t limit = min(pair.tx.free, self.burst)
+        cdef uint64_t flying
+        cdef double due
+        if phase != Phase.SEND:
+            return min(limit, pair.primes) if phase == Phase.TEACH else 0
+        if not pair.sends:
+            return 0
+        if self.window:
+            flying = pair.sequence - pair.delivered - pair.written_off
+            if flying >= self.window:
+                # What has not come back for so long has been lost.
+                if <double>(now - pair.heard_at) < self.rate_us * 100_000:
+                    return 0
+                pair.written_off += flying
+                pair.heard_at = now
+                flying = 0
+            limit = min(limit, <uint32_t>(self.window - flying))
+        if self.ticks_per_frame > 0:
+            due = (<double>now - pair.paced_at) / self.ticks_per_frame
+            if due < 1:
+                return 0
+            if due > pair.tx.slots:     # the device does not take them: no burst later on
+                pair.paced_at = <double>now - self.ticks_per_frame * pair.tx.slots
+            if due < limit:
+                limit = <uint32_t>due
+            pair.paced_at += self.ticks_per_frame * limit
+        return limit
+
+    cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil:
+        cdef Side *side = &pair.tx
+        cdef Segment pieces[BURST]
+        cdef uint32_t slots[BURST]
+        cdef uint32_t i, slot, size
+        cdef uint8_t *at
+        cdef uint64_t bytes = 0
+        cdef uint64_t stamp = ticks() if self.stamps else 0
+        for i in range(limit):
+            slots[i] = slot = take(side, self.fifo)
+            pieces[i].gpa = side.gpa + <uint64_t>slot * side.slot_stride
+            if self.touch == Touch.NONE:
+                pieces[i].length = side.lengths[slot]
+                bytes += pieces[i].length - AT_FRAME
+                continue
+            if prime:
+                size = SHORT
+            else:
+                size = self.sizes[pair.size_at]
+                pair.size_at = pair.size_at + 1 if pair.size_at + 1 < self.size_count else 0
+            at = memory_of(side, slot)
+            self.write_header(pair, at, size, prime, stamp)
+            stamp = 0       # one frame of each burst is timed
+            if self.touch == Touch.FRAME:
+                self.write_payload(at, size, pair.sequence)
+            bytes += size
+            pieces[i].length = AT_FRAME + size
+            pair.sequence += not prime
+        if unlikely(self.jumbo):
+            for i in range(limit):
+                self.offer_long(side, slots[i], pieces[i].length)
+        else:
+            self.offer(side, pieces, slots, limit, False)
+        if (<DriverVirtqueue>side.ring).publish():
+            kick(pair, side)
+        if prime:
+            pair.primes -= limit
+        else:
+            pair.count.sent += limit
+            pair.count.sent_bytes += bytes
+        return limit
+
+    cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
+                    bint writable) noexcept nogil:
+        """Chains of one buffer each. There are descriptors for all slots together."""
+        cdef uint16_t ids[BURST]
+        cdef int i
+        count = (<DriverVirtqueue>side.ring).add_burst(pieces, count, writable, ids)
+        for i in range(count):
+            side.owner[ids[i]] = slots[i]
+
+    cdef void offer_long(self, Side *side, uint32_t slot, uint32_t length) noexcept nogil:
+        """A frame in several buffers."""
+        cdef Segment pieces[PIECES]
+        cdef int count = 0, id
+        cdef uint64_t gpa = side.gpa + <uint64_t>slot * side.slot_stride
+        while length:
+            pieces[count].gpa = gpa
+            pieces[count].length = min(length, self.room)
+            length -= pieces[count].length
+            gpa += self.stride
+            count += 1
+        id = (<DriverVirtqueue>side.ring).add_chain(pieces, count, 0)
+        if id >= 0:
+            side.owner[id] = slot
+
+    cdef void write_header(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
+                           uint64_t stamp) noexcept nogil:
+        cdef uint32_t flow = pair.flow
+        cdef uint64_t source = mac_head(pair.port) | mac_tail(flow) << 32
+        write_once_u64(at, 0)
+        write_once_u32(at + 8, 0)
+        if self.broadcast:
+            write_once_u32(at + AT_FRAME, 0xffffffff)
+            write_once_u64(at + 16, 0xffff | source << 16)
+        else:
+            write_once_u32(at + AT_FRAME, <uint32_t>mac_head(pair.peer))
+            write_once_u64(at + 16, mac_tail(flow) | source << 16)
+        write_once_u64(at + AT_TYPE, (PRIME if prime else OURS)
+                       | <uint64_t>(pair - self.pairs) << 16 | <uint64_t>flow << 32)
+        write_once_u64(at + AT_SEQUENCE, pair.sequence)
+        write_once_u64(at + AT_STAMP, stamp)
+        write_once_u32(at + AT_SIZE, size)
+        pair.flow = flow + 1 if flow + 1 < self.macs else 0
+
+    cdef void write_payload(self, uint8_t *at, uint32_t size, uint64_t sequence) noexcept nogil:
+        cdef const uint8_t *source = self.template + sequence % TEMPLATES
+        cdef uint32_t offset = AT_PAYLOAD, left = AT_FRAME + size - AT_PAYLOAD, step
+        while left:
+            step = min(left, self.room - offset)
+            memcpy(at + offset, source, step)
+            source += step
+            left -= step
+            at += self.stride
+            offset = 0
+
+    cdef void prepare(self, Pair *pair) noexcept nogil:
+        """Writes all buffers once, so that no page is missing later."""
+        cdef uint32_t i, length
+        memset(pair.rx.buffers, 0, <uint64_t>pair.rx.slots * pair.rx.slot_stride)
+        memset(pair.tx.buffers, 0, <uint64_t>pair.tx.slots * pair.tx.slot_stride)
+        for i in range(pair.tx.slots):
+            length = self.sizes[i % self.size_count]
+            self.write_header(pair, memory_of(&pair.tx, i), length, False, 0)
+            self.write_payload(memory_of(&pair.tx, i), length, 0)
+            pair.tx.lengths[i] = AT_FRAME + length
+        pair.flow = 0
+
+    # Receiving.
+
+    cdef int receive(self, Pair *pair, uint64_t now) noexcept nogil:
+        cdef Side *side = &pair.rx
+        cdef UsedEntry used[BURST]
+        cdef uint8_t *at[BURST]
+        cdef int count = (<DriverVirtqueue>side.ring).collect(used, BURST), i
+        cdef uint32_t slot
+        if unlikely(count < 0):
+            self.broken = 1 + <int>(pair - self.pairs)
+            return 0
+        if count and self.stamps:
+            now = ticks()
+        for i in range(count):
+            slot = side.owner[used[i].id]
+            put(side, slot)
+            at[i] = memory_of(side, slot)
+            if self.touch:
+                prefetch_read(at[i])
+        if self.touch:
+            for i in range(count):
+                self.look(pair, at[i], used[i].length, now)
+                if self.dirty:
+                    # What a guest's stack does, which builds its own data there.
+                    write_once_u64(at[i], 0x5555555555555555)
+                    write_once_u32(at[i] + 8, 0x55555555)
+        else:
+            for i in range(count):
+                pair.count.received_bytes += used[i].length - AT_FRAME
+            pair.count.received += count
+        if side.free:
+            self.post(side)
+            if (<DriverVirtqueue>side.ring).publish():
+                kick(pair, side)
+        return count
+
+    cdef void post(self, Side *side) noexcept nogil:
+        """Gives the device all buffers that are free."""
+        cdef Segment pieces[BURST]
+        cdef uint32_t slots[BURST]
+        cdef int count, i
+        while side.free:
+            count = min(side.free, <uint32_t>BURST)
+            for i in range(count):
+                slots[i] = take(side, self.fifo)
+                pieces[i].gpa = side.gpa + <uint64_t>slots[i] * side.slot_stride
+                pieces[i].length = self.room
+            self.offer(side, pieces, slots, count, True)
+
+    cdef void look(self, Pair *pair, const uint8_t *at, uint32_t length,
+                   uint64_t now) noexcept nogil:
+        """A buffer of a frame has come; `length` counts the virtio header of the first."""
+        cdef uint64_t kind, flow, sequence, stamp
+        cdef uint32_t stream, size
+        cdef Pair *source
+        if unlikely(pair.left):
+            self.look_on(pair, at, length, now)
+            return
+        kind = read_once_u64(at + AT_TYPE)
+        stream = kind >> 16 & 0xffff
+        pair.source = NULL
+        if unlikely(self.jumbo):
+            pair.left = max(read_once_u16(at + AT_BUFFERS), <uint16_t>1) - 1
+        if unlikely(<uint16_t>kind != OURS or stream >= <uint32_t>self.count
+                    or length < AT_PAYLOAD):
+            if <uint16_t>kind == PRIME:
+                pair.count.primed += 1
+            else:
+                pair.count.foreign += 1
+            return
+        source = &self.pairs[stream]
+        if unlikely(source.peer != pair.port and not self.broadcast):
+            pair.count.stray += 1
+            return
+        size = read_once_u32(at + AT_SIZE)
+        sequence = read_once_u64(at + AT_SEQUENCE)
+        pair.good = length <= self.room
+        if self.touch == Touch.FRAME and pair.good:
+            pair.good = memcmp(at + AT_PAYLOAD, self.template + sequence % TEMPLATES,
+                               length - AT_PAYLOAD) == 0
+        pair.came = length - AT_FRAME
+        if unlikely(pair.left):
+            pair.source = source
+            pair.kind, pair.size, pair.arriving = kind, size, sequence
+            pair.stamp = read_once_u64(at + AT_STAMP)
+            return
+        self.arrived(pair, source, size, read_once_u64(at + AT_STAMP), kind >> 32, sequence, now)
+
+    cdef void look_on(self, Pair *pair, const uint8_t *at, uint32_t length,
+                      uint64_t now) noexcept nogil:
+        """A later buffer of a frame in several."""
+        cdef uint64_t offset = pair.arriving % TEMPLATES + pair.came - (AT_PAYLOAD - AT_FRAME)
+        pair.left -= 1
+        if pair.source == NULL:
+            return
+        if length > self.room or offset + length > FRAME_LIMIT + TEMPLATES:
+            pair.good = 0
+        elif self.touch == Touch.FRAME and pair.good:
+            pair.good = memcmp(at, self.template + offset, length) == 0
+        pair.came += length
+        if pair.left == 0:
+            self.arrived(pair, pair.source, pair.size, pair.stamp, pair.kind >> 32,
+                         pair.arriving, now)
+
+    cdef void arrived(self, Pair *pair, Pair *source, uint32_t size, uint64_t stamp,
+                      uint64_t flow, uint64_t sequence, uint64_t now) noexcept nogil:
+        """The whole frame is there."""
+        cdef uint64_t place
+        source.delivered += 1
+        source.heard_at = now
+        pair.count.received += 1
+        pair.count.received_bytes += pair.came
+        if stamp and self.stamps:
+            self.histogram[bin_of(now - stamp)] += 1
+        if unlikely(size != pair.came or not pair.good or flow >= self.macs):
+            pair.count.corrupt += 1
+        elif self.verify:
+            place = <uint64_t>(source - self.pairs)
+            if self.broadcast:
+                place += <uint64_t>pair.port * self.count
+            place = place * self.macs + flow
+            if sequence < self.seen[place]:
+                pair.count.disordered += 1
+            else:
+                self.seen[place] = sequence + 1
+
+    # Control's side. -----------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs until stop(), or until a ring breaks; the caller's thread is the generator."""
+        with nogil:
+            self.loop()
+
+    def stop(self) -> None:
+        """Ends run()."""
+        store_release_u32(&self.stopping, 1)
+
+    def enter(self, int phase) -> None:
+        """What the loop does from now on."""
+        store_release_u32(&self.phase, phase)
+
+    @property
+    def teaching(self) -> bool:
+        """Whether frames that teach a switch are still to be sent."""
+        cdef int i
+        for i in range(self.count):
+            if read_once_u32(&self.pairs[i].primes):
+                return True
+        return False
+
+    @property
+    def broken_pair(self) -> int | None:
+        """The pair whose ring the device has broken."""
+        return self.broken - 1 if self.broken else None
+
+    def ticks(self) -> dict:
+        """Of the loop so far: all, those of turns that moved something, and how long one is."""
+        return {"total": self.total_ticks, "busy": self.busy_ticks, "per_us": self.rate_us,
+                "room": self.busy_turns * 2 * self.burst * self.count}
+
+    def counters(self) -> list:
+        """Of each pair, since the start."""
+        cdef int i
+        return [
+            {"port": self.pairs[i].port, "peer": self.pairs[i].peer,
+             "sends": bool(self.pairs[i].sends), **self.pairs[i].count}
+            for i in range(self.count)
+        ]
+
+    def latencies(self) -> list:
+        """(ticks, count) of each bin in use, in order."""
+        cdef uint32_t i
+        return [(value_of(i), self.histogram[i]) for i in range(BINS) if self.histogram[i]]
+
+    def forget_latencies(self) -> None:
+        """What comes now counts; a frame that arrives meanwhile may be lost to the count."""
+        memset(self.histogram, 0, BINS * sizeof(uint64_t))
+
+
+cdef void free_side(Side *side) noexcept:
+    free(side.owner)
+    free(side.pool)
+    free(side.lengths)
+
+
+def clock_rate() -> float:
+    """Ticks a microsecond of the clock that all figures in ticks are of."""
+    return ticks_per_us()
+
+
+def binned(uint64_t value) -> int:
+    """What the histogram makes of a time."""
+    return value_of(bin_of(value))
