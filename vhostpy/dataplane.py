@@ -17,7 +17,7 @@ from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature
 from vhostpy.device import Device
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.fds import OwnedFd
+from vhostpy.fds import OwnedFd, is_eventfd, kind_of
 from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
 from vhostpy.notify import signal_once
 from vhostpy.payloads import MemoryRegion
@@ -335,8 +335,7 @@ def _eventfd(fd: OwnedFd | None) -> int:
     if fd is None:
         return -1
     number = fd.fileno()
-    kind = os.readlink(f"/proc/self/fd/{number}")
-    if kind != "anon_inode:[eventfd]":
-        raise ProtocolError(f"a kick, call or error fd must be an eventfd, not {kind}")
+    if not is_eventfd(number):
+        raise ProtocolError(f"a kick, call or error fd must be an eventfd, not {kind_of(number)}")
     os.set_blocking(number, False)
     return number

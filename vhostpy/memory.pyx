@@ -21,6 +21,7 @@ from vhostpy._hw cimport atomic_add_i64, atomic_or_u8, read_once_u8, unlikely
 from vhostpy._spec cimport Limit
 
 from vhostpy.errors import GuestError, ProtocolError
+from vhostpy.fds import is_sealable, kind_of
 
 
 cdef extern from "_sigbus.h" nogil:
@@ -59,33 +60,14 @@ cdef int64_t mapped_total = 0
 cdef int64_t generations = 0
 cdef int64_t generations_leaked = 0
 
-# statfs(2), "Filesystem types": local ones, whose page faults end. A fault on FUSE or
-# NFS may wait for a server for ever, and a worker with it. Not overlayfs: its upper
-# layer, where the pages are, may be on FUSE.
-HUGETLBFS = 0x958458F6
+# proc(5), mountinfo: local ones, whose page faults end. A fault on FUSE or NFS may wait
+# for a server for ever, and a worker with it. Not overlayfs: its upper layer, where the
+# pages are, may be on FUSE. (devtmpfs has devices, which are named as such.)
 LOCAL_FILE_SYSTEMS = {
-    0x01021994: "tmpfs",
-    HUGETLBFS: "hugetlbfs",
-    0x858458F6: "ramfs",
-    0xEF53: "ext2/3/4",
-    0x58465342: "xfs",
-    0x9123683E: "btrfs",
-    0xF2F52010: "f2fs",
-    0xCA451A4E: "bcachefs",
-    0x2FC12FC1: "zfs",
+    "tmpfs", "hugetlbfs", "ramfs", "devtmpfs",
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs",
 }
-# Only for naming them in the refusal.
-OTHER_FILE_SYSTEMS = {
-    0x65735546: "FUSE",
-    0x794C7630: "overlayfs",
-    0x6969: "NFS",
-    0xFF534D42: "CIFS",
-    0xFE534D42: "SMB2",
-    0x01021997: "9p",
-    0x00C36400: "Ceph",
-    0x01161970: "GFS2",
-    0x7461636F: "OCFS2",
-}
+HUGETLBFS = 0x958458F6      # statfs(2), f_type
 SHARE_HINT = (
     "give the front-end's guest memory as shared memory, for QEMU:"
     " -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
@@ -132,24 +114,41 @@ cdef str size_text(uint64_t size):
     return f"{size} bytes"
 
 
+cdef str remote_file_system(int fd):
+    """What a file is on that may wait for somebody; None where nothing does. Asks nobody."""
+    if is_sealable(fd) or kind_of(fd).startswith(("pipe:", "socket:", "anon_inode:")):
+        return None
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        number = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
+        for line in mounts:
+            # "36 35 98:0 /root /mnt rw,noatime master:1 - ext3 /dev/root rw,errors=continue"
+            mount, _, source = line.partition(" - ")
+            if mount.split(" ", 1)[0] == number:
+                kind = source.split(" ", 1)[0]
+                return None if kind in LOCAL_FILE_SYSTEMS else kind
+    return "a file system that is not mounted here"
+
+
 cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) except 0:
     """The page size of the file, if it can hold `size` bytes at `offset`."""
     cdef statfs_t fs
     try:
-        status = os.fstat(fd)
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+        # fstat asks the server, if there is one, and would wait for it, too.
+        name = remote_file_system(fd)
+        status = os.fstat(fd) if name is None else None
     except OSError as error:
         raise ProtocolError(f"{what}: {error.strerror}", SHARE_HINT) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_HINT)
-    if fstatfs(fd, &fs) < 0:
-        raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_HINT)
-    kind = <uint64_t>fs.f_type & 0xFFFFFFFF
-    if kind not in LOCAL_FILE_SYSTEMS:
-        name = OTHER_FILE_SYSTEMS.get(kind, f"a file system of type {kind:#x}")
+    if name is not None:
         raise ProtocolError(
             f"{what}: the file is on {name}, whose page faults may block for ever",
             "keep guest memory in a memfd, on tmpfs, hugetlbfs or a local disk",
         )
+    if not stat.S_ISREG(status.st_mode):
+        raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_HINT)
+    if fstatfs(fd, &fs) < 0:
+        raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_HINT)
     # Both are below 2**64, and Python's sum does not wrap.
     if int(offset) + int(size) > status.st_size:
         raise ProtocolError(
@@ -158,7 +157,9 @@ cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) excep
         )
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
         raise ProtocolError(f"{what}: the fd is not open for reading and writing", SHARE_HINT)
-    return fs.f_bsize if kind == HUGETLBFS else os.sysconf("SC_PAGE_SIZE")
+    if <uint64_t>fs.f_type & 0xFFFFFFFF == HUGETLBFS:
+        return fs.f_bsize
+    return os.sysconf("SC_PAGE_SIZE")
 
 
 @cython.final

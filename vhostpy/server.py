@@ -90,7 +90,7 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         if self._listener is not None:
-            self._listener.close()
+            fds.close_socket(self._listener)
             if self.path is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path)
@@ -137,7 +137,7 @@ class Server:
                         "  next: stop the first one, or give each its own --socket",
                         self.device.name,
                     )
-                    sock.close()
+                    fds.close_socket(sock)
                     continue
                 serving = loop.create_task(self._serve(sock))
         finally:
@@ -207,14 +207,19 @@ class Connection:
                 self._failure.result()
             await reading
         finally:
-            await _whole(self._close(reading))
+            try:
+                await _whole(self._close(reading))
+            finally:
+                # The error's traceback refers to this frame: both would keep each other, and
+                # the fds of an unfinished message, until the next garbage collection.
+                del reading, self._failure
 
     async def _close(self, reading: asyncio.Future[None]) -> None:
         Connection.open.discard(self)
         self._failure.cancel()
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        self.sock.close()
+        fds.close_socket(self.sock)
         try:
             await self.plane.close()
         finally:
@@ -227,8 +232,6 @@ class Connection:
             self.plane.look_after()
         except VhostpyError as error:
             if not self._failure.done():
-                # Without the frames: a future and its exception keep each other, and guest
-                # memory with them, until the next garbage collection.
                 self._failure.set_exception(error.with_traceback(None))
 
     async def _read(self) -> None:
