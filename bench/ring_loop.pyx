@@ -1,9 +1,9 @@
-"""Both ends of one ring in one thread, without Python in between: what a chain costs.
+"""Both ends of one ring, without Python in between: what a chain costs.
 
-No other core takes part: these are instructions, and hits in caches. What a line costs that
-another core has just written is measured elsewhere.
+`run` has both in one thread: these are instructions, and hits in caches. `serve` and `feed`
+are the two ends for a thread each: then lines travel between cores.
 """
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from vhostpy._hw cimport load_acquire_u32, read_once_u64, ticks, write_once_u64
@@ -70,15 +70,16 @@ def run(DriverVirtqueue driver not None, Virtqueue device not None, buffers, *, 
     for i in range(4):
         spent[i] = 0
     with nogil:
-        for i in range(rounds):
+        for _ in range(rounds):
             count = around(driver, device, pieces, shape, writable, &scratch, spent)
             if count < 0:
                 break
             total += count
     free(scratch.segments)
     if count < 0:
-        raise RuntimeError(f"round {i}: chains got lost")
-    return {name: spent[i] / <double>max(total, 1) for i, name in enumerate(STEPS)} | {"chains": total}
+        raise RuntimeError(f"after {total} chains: a burst got lost")
+    result = {name: spent[i] / <double>max(total, 1) for i, name in enumerate(STEPS)}
+    return result | {"chains": total}
 
 
 cdef void touch(Chain *chains, int count, uint64_t *sum) noexcept nogil:
@@ -118,58 +119,57 @@ def serve(Virtqueue device not None, uint32_t[::1] stop, *, bint touched=False) 
                 device.publish()
                 idle += ticks() - start
     free(scratch.segments)
-    return {"cycles": spent / <double>max(total, <uint64_t>1), "chains": total,
-            "chains_per_poll": total / <double>max(polls, <uint64_t>1),
-            "busy": spent / <double>(spent + idle), "sum": sum}
+    return {
+        "device_cycles": spent / <double>max(total, <uint64_t>1),
+        "chains_per_poll": total / <double>max(polls, <uint64_t>1),
+        "busy_share": spent / <double>(spent + idle),
+        "sum": sum,                              # or the compiler would read nothing
+    }
 
 
 def feed(DriverVirtqueue driver not None, *, uint64_t first, uint32_t stride,
-         uint64_t chains, bint touched=False) -> int:
-    """The driver's end: keeps its ring full until so many chains came back; ticks it took.
+         uint64_t chains, bint touched=False) -> float:
+    """The driver's end: keeps its ring full until so many chains came back; ticks a chain.
 
-    Each id has its own buffer of 64 bytes, `stride` apart from `first` on; where `touched`,
-    its first bytes are written each time.
+    A chain's buffer of 64 bytes is the one that came back last, `stride` from the next;
+    where `touched`, its first bytes are written each time.
     """
     cdef Segment pieces[BURST]
-    cdef UsedEntry used[BURST]
-    cdef uint16_t *spare = <uint16_t *>malloc(65536 * sizeof(uint16_t))
-    cdef uint16_t *place = <uint16_t *>malloc(65536 * sizeof(uint16_t))
-    cdef uint16_t ids[BURST]
-    cdef uint8_t *memory
-    cdef uint64_t back = 0, start
-    cdef uint32_t free_count = driver.ring.size, i
     cdef Segment whole
-    cdef uint32_t hint = 0
-    cdef int count = 0, added
-    if translate(&driver.memory.map, first, <uint64_t>stride * driver.ring.size, &whole, 1,
-                 &hint) != 1:
-        raise ValueError("buffers must lie in one region")
-    memory = whole.hva
-    for i in range(free_count):
+    cdef UsedEntry used[BURST]
+    cdef uint16_t ids[BURST]
+    cdef uint32_t size = driver.ring.size, hint = 0, left = size, i
+    cdef uint16_t *spare = <uint16_t *>malloc(2 * size * sizeof(uint16_t))
+    cdef uint16_t *places = spare + size         # by id
+    cdef uint64_t back = 0, start
+    cdef int count = 0
+    if spare == NULL:
+        raise MemoryError
+    if translate(&driver.memory.map, first, <uint64_t>stride * size, &whole, 1, &hint) != 1:
+        raise ValueError(f"{size} buffers from {first:#x} on are not in one region")
+    for i in range(size):
         spare[i] = <uint16_t>i
     with nogil:
         start = ticks()
         while back < chains and count >= 0:
-            added = min(<int>BURST, <int>free_count)
-            for i in range(<uint32_t>added):
-                place[0] = spare[free_count - 1 - i]
-                pieces[i].gpa = first + stride * place[0]
+            count = min(<int>BURST, <int>left)
+            for i in range(<uint32_t>count):
+                pieces[i].gpa = first + stride * spare[left - 1 - i]
                 pieces[i].length = 64
                 if touched:
-                    write_once_u64(memory + stride * place[0], back + i)
-            added = driver.add_burst(pieces, added, False, ids)
-            for i in range(<uint32_t>added):
-                place[1 + ids[i]] = spare[free_count - 1 - i]
-            free_count -= added
+                    write_once_u64(whole.hva + stride * spare[left - 1 - i], back + i)
+            count = driver.add_burst(pieces, count, False, ids)
+            for i in range(<uint32_t>count):
+                places[ids[i]] = spare[left - 1 - i]
+            left -= count
             driver.publish()
             count = driver.collect(used, BURST)
             for i in range(<uint32_t>max(count, 0)):
-                spare[free_count + i] = place[1 + used[i].id]
-            free_count += max(count, 0)
+                spare[left + i] = places[used[i].id]
+            left += max(count, 0)
             back += max(count, 0)
         start = ticks() - start
     free(spare)
-    free(place)
     if count < 0:
         raise RuntimeError("the device gave back what it did not have")
-    return start
+    return start / <double>back

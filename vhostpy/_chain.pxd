@@ -136,6 +136,8 @@ cdef inline void walk_begin(Walk *walk, Ring *ring, Segment *out, int room,
 
 cdef inline int walk_piece(Walk *walk, Descriptor piece) noexcept nogil:
     """Adds one buffer to the chain. Returns 0, a ChainFault or WALK_STOP."""
+    cdef Segment *out = walk.out + walk.count
+    cdef uint8_t *hva
     cdef int got
     if piece.length == 0:
         return CHAIN_ZERO_LENGTH
@@ -148,7 +150,15 @@ cdef inline int walk_piece(Walk *walk, Descriptor piece) noexcept nogil:
         return CHAIN_BAD_ORDER
     else:
         walk.readable_bytes += piece.length
-    got = translate(walk.ring.control.map, piece.gpa, piece.length, walk.out + walk.count,
+    hva = translate_whole(walk.ring.control.map, piece.gpa, piece.length,
+                          &walk.ring.worker.hint)
+    if hva != NULL and walk.count < walk.room:
+        out.hva = hva
+        out.gpa = piece.gpa
+        out.length = piece.length
+        walk.count += 1
+        return 0
+    got = translate(walk.ring.control.map, piece.gpa, piece.length, out,
                     walk.room - walk.count, &walk.ring.worker.hint)
     if got <= 0:
         if got == TRANSLATE_FAULT:

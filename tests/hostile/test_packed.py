@@ -151,6 +151,18 @@ def test_a_used_descriptor_that_the_guest_overwrites():
         works(rings)
 
 
+@pytest.mark.parametrize("written", [0, 1, 2**32 - 1])
+def test_a_used_descriptor_says_whether_anything_was_written(written):
+    """virtio 1.3, "Write Flag"; without it the length is not to be read."""
+    with Rings("packed", size=SIZE) as rings:
+        rings.guest.offer_chain((GOOD, 8), (GOOD, 8, WRITE), id=3)
+        (taken,) = rings.device.take()
+        rings.device.give([(taken, written)])
+        used = rings.guest.memory.read(DESC + 8, 8)
+        flags = AVAILABLE | IS_USED | (WRITE if written else 0)
+        assert struct.unpack("<IHH", used) == (written, 3, flags)
+
+
 # Indirect tables.
 
 

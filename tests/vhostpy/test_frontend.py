@@ -97,6 +97,28 @@ def test_queue_goes_on_where_it_was_stopped(guest):
     assert transfer(guest, queue, IN, 19, bytes(512)) == data
 
 
+def test_queue_that_was_stopped_starts_again_as_another_one(guest):
+    """What a driver's reset of one queue comes to (virtio 1.3, "Virtqueue Reset")."""
+    data = os.urandom(512)
+    for sector, size in enumerate((8, 64, 4, 128)):
+        queue = guest.start_queue(0, size)
+        transfer(guest, queue, OUT, sector, data)
+        assert transfer(guest, queue, IN, sector, bytes(512)) == data
+        assert guest.stop_queue(0) == base_after(guest, size, 2)
+
+
+def test_front_ends_in_turn_may_use_any_layout(server):
+    data = os.urandom(512)
+    for sector, layout in enumerate([0, 1 << Feature.RING_PACKED, 0, 1 << Feature.RING_PACKED]):
+        with FrontEnd(server.path, layout=LAYOUT) as guest:
+            guest.negotiate(FEATURES | layout, EVERYTHING)
+            guest.set_mem_table()
+            for index in range(2):
+                queue = guest.start_queue(index, 8)
+                transfer(guest, queue, OUT, sector, data)
+                assert transfer(guest, queue, IN, sector, bytes(512)) == data
+
+
 def test_queue_that_is_polled_needs_no_kick(guest):
     queue = guest.start_queue(0, 8, poll=True)
     data = os.urandom(512)

@@ -350,6 +350,8 @@ def test_with_event_idx_a_call_comes_only_when_used_event_is_passed(layout, used
         assert [exchange(rings, 5) for _ in range(3)] == [1, 0, 0]
         rings.guest.want_call_after(rings.device.used_index, 7)
         assert [exchange(rings, 5) for _ in range(3)] == [0, 1, 0]
+        rings.guest.want_call_after(rings.device.used_index, 5)
+        assert [exchange(rings, n) for n in (5, 1, 1)] == [0, 1, 0]  # the sixth, not before
 
 
 @each_layout
