@@ -482,7 +482,7 @@ def test_a_load_whose_requests_fail_says_so(place):
     with Running("blk", "--socket", "vb0", "--file", image):
         with image.open("r+b") as file:
             file.truncate(4096)
-        result = run(*"load vb0 --seconds 0.2 --warmup 0.1 --json".split())
+        result = run("load", "vb0", "--seconds", "0.2", "--warmup", "0.1", "--json")
     assert result.returncode == 1
     assert json.loads(result.stdout)["failed_requests"] > 0
 
