@@ -1,6 +1,7 @@
 """The generators, against devices that behave and devices that do not."""
 
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -35,6 +36,13 @@ def workers():
     workers.start()
     yield workers
     workers.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_garbage():
+    """Servers and their loops are cycles; what they hold must not fall to other tests."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
