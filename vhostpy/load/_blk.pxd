@@ -29,6 +29,7 @@ cdef struct BlkQueue:
     int kick_fd
     Counters count
 
+
 @cython.final
 cdef class BlkGenerator:
     cdef BlkQueue *queues

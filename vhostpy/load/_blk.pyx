@@ -14,7 +14,7 @@ from posix.unistd cimport write
 
 from vhostpy._hw cimport (
     cpu_pause, load_acquire_u32, read_once_u8, read_once_u64, store_release_u32, ticks,
-    ticks_per_us, unlikely, write_once_u32, write_once_u64,
+    ticks_per_us, unlikely, write_once_u64,
 )
 from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
 from vhostpy._spec cimport DescriptorFlag, Feature
@@ -210,7 +210,7 @@ cdef class BlkGenerator:
         cdef uint32_t index
         cdef int count = 0
         cdef Slot *slot
-        cdef ssize_t ignored
+        cdef ssize_t _ignored
         if phase == BlkPhase.REST:
             return 0
         now = ticks()
@@ -226,12 +226,12 @@ cdef class BlkGenerator:
             count += 1
         if count and (<DriverVirtqueue>queue.ring).publish() and queue.kick_fd >= 0:
             queue.count.kicks += 1
-            ignored = write(queue.kick_fd, &one, 8)
+            _ignored = write(queue.kick_fd, &one, 8)
         return count
 
     cdef bint choose(self, Slot *slot, uint32_t phase) noexcept nogil:
         """What the next request is, and where; False where none may start now."""
-        cdef int pick
+        cdef int _pick
         if phase != BlkPhase.RUN:
             slot.write = phase == BlkPhase.FILL
             while self.done < self.blocks:
@@ -245,7 +245,7 @@ cdef class BlkGenerator:
             return False
         slot.write = next_random(&self.noise) >> 32 >= self.read_share
         if self.random:
-            for pick in range(PICKS):
+            for _pick in range(PICKS):
                 slot.block = ((next_random(&self.noise) >> 32) * self.blocks) >> 32
                 if self.claim(slot, phase):
                     return True

@@ -13,7 +13,8 @@ cdef inline uint32_t bin_of(uint64_t value) noexcept nogil:
     if value < 1 << STEP_BITS:
         return <uint32_t>value
     exponent = 63 - __builtin_clzll(value) - STEP_BITS
-    return <uint32_t>(((exponent + 1) << STEP_BITS) + ((value >> exponent) & ((1 << STEP_BITS) - 1)))
+    return <uint32_t>(((exponent + 1) << STEP_BITS)
+                      + ((value >> exponent) & ((1 << STEP_BITS) - 1)))
 
 
 cdef inline uint64_t value_of(uint32_t index) noexcept nogil:

@@ -74,13 +74,13 @@ cdef class Line:
 
     cdef uint64_t read(self) noexcept nogil:
         cdef uint64_t start, at, total = 0
-        cdef int i, i_round
+        cdef int _i, i, i_round
         for i_round in range(ROUNDS):
             self.wait(READER)
             start = ticks()
             if self.dependent:
                 at = self.order[0] * LINE
-                for i in range(LINES):
+                for _i in range(LINES):
                     at = read_once_u64(self.lines + at)
                 total += at
             else:

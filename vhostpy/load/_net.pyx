@@ -19,10 +19,10 @@ from posix.unistd cimport write
 
 from vhostpy._hw cimport (
     cpu_pause, load_acquire_u32, prefetch_read, read_once_u16, read_once_u32, read_once_u64,
-    store_release_u32, ticks, ticks_per_us, unlikely, write_once_u16, write_once_u32,
+    store_release_u32, ticks, ticks_per_us, unlikely, write_once_u32,
     write_once_u64,
 )
-from vhostpy._ring cimport BURST, RING_BROKEN, DriverVirtqueue, UsedEntry
+from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
 from vhostpy.load._histogram cimport BINS, bin_of, value_of
 from vhostpy.memory cimport Segment, translate
 
@@ -81,10 +81,10 @@ cdef inline uint8_t *memory_of(Side *side, uint32_t slot) noexcept nogil:
 
 cdef inline void kick(Pair *pair, Side *side) noexcept nogil:
     cdef uint64_t one = 1
-    cdef ssize_t ignored
+    cdef ssize_t _ignored
     if side.kick_fd >= 0:
         pair.count.kicks += 1
-        ignored = write(side.kick_fd, &one, 8)
+        _ignored = write(side.kick_fd, &one, 8)
 
 
 cdef inline uint64_t mac_tail(uint32_t flow) noexcept nogil:
@@ -433,7 +433,7 @@ cdef class NetGenerator:
     cdef void look(self, Pair *pair, const uint8_t *at, uint32_t length,
                    uint64_t now) noexcept nogil:
         """A buffer of a frame has come; `length` counts the virtio header of the first."""
-        cdef uint64_t kind, flow, sequence, stamp
+        cdef uint64_t kind, sequence
         cdef uint32_t stream, size
         cdef Pair *source
         if unlikely(pair.left):
