@@ -112,7 +112,7 @@ class Disk:
         return sum(1 << bit for bit in bits)
 
     def protocol_features(self) -> int:
-        return 1 << ProtocolFeature.CONFIG
+        return 1 << ProtocolFeature.CONFIG | 1 << ProtocolFeature.INFLIGHT_SHMFD
 
     def config(self) -> bytes:
         sectors = self.storage.size_bytes // SECTOR
@@ -202,19 +202,25 @@ class Disk:
         queue = self._rings[index].queue
         queue.drain()
         self.workers.wait()  # a turn under way may still take something
-        if not queue.virtqueue.live:
+        live = queue.virtqueue.live
+        if not live:
             # The session ends in the middle of a change: nobody can be answered.
             queue.abandon()
             self.workers.nudge()
         deadline = time.monotonic() + deadline_s
         pause_s = 0.0005
-        while queue.inflight:
+        while True:
+            # What a killed back-end had under way is taken all the same: the front-end
+            # could not tell another one of it.
+            again = queue.virtqueue.again if live else 0
+            self.workers.wait()
+            if not again and not queue.inflight:
+                return True
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
             await asyncio.sleep(min(pause_s, left))
             pause_s = min(2 * pause_s, 0.02)
-        return True
 
     def ring_stopped(self, index: int) -> None:
         ring = self._rings.pop(index)

@@ -12,7 +12,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from vhostpy._ends cimport WorkerSide, call_driver, log_collect, log_flush
-from vhostpy._hw cimport load_acquire_u32, store_release_u32
+from vhostpy._hw cimport load_acquire_u32, store_release_u32, unlikely
+from vhostpy._inflight cimport track_publish, track_push, track_rewind, track_take
 from vhostpy._packed cimport (
     packed_arm, packed_disarm, packed_distance, packed_pop, packed_publish, packed_push,
     packed_rewind, packed_start,
@@ -106,24 +107,62 @@ cdef class Virtqueue:
         return load_acquire_u32(&self.ring.control.live)
 
     cdef int pop(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
-        cdef int count
-        if self.ring.control.packed:
+        cdef int count, i
+        if unlikely(self.has_again()):
+            count = self.pop_again(chains, limit, scratch)
+        elif self.ring.control.packed:
             count = packed_pop(self.ring, chains, limit, scratch)
         else:
             count = split_pop(self.ring, chains, limit, scratch)
+            if self.tracker != NULL:
+                self.tracker.again_last = False
+                for i in range(count):
+                    track_take(self.tracker, chains[i].id)
         if count > 0:
             self.inflight += count
         return count
 
+    cdef int pop_again(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
+        # The same ring, but for its avail ring.
+        cdef WorkerSide *worker = &self.ring.worker
+        cdef Tracker *tracker = self.tracker
+        cdef uint8_t *avail = self.ring.control.avail
+        cdef uint16_t last_avail = worker.last_avail, avail_idx = worker.avail_idx
+        cdef int count
+        self.ring.control.avail = tracker.again
+        worker.last_avail = tracker.again_next
+        worker.avail_idx = tracker.again_end
+        count = split_pop(self.ring, chains, limit, scratch)
+        tracker.again_next = worker.last_avail
+        tracker.again_last = True
+        self.ring.control.avail = avail
+        worker.last_avail = last_avail
+        worker.avail_idx = avail_idx
+        return count
+
+    cdef bint has_again(self) noexcept nogil:
+        return self.tracker != NULL and self.tracker.again_next != self.tracker.again_end
+
     cdef void rewind(self, const Chain *chains, int count) noexcept nogil:
         cdef WorkerSide *worker = &self.ring.worker
+        cdef int i
+        self.inflight -= count
+        if self.tracker != NULL:
+            if self.tracker.again_last:
+                self.tracker.again_next -= count        # and they stay marked
+                return
+            for i in range(count):
+                track_rewind(self.tracker, chains[i].id)
         if self.ring.control.packed:
             packed_rewind(self.ring, chains, count)
         else:
             worker.last_avail = <uint16_t>(worker.last_avail - count)
-        self.inflight -= count
 
     cdef void push(self, const Chain *chains, const uint32_t *written, int count) noexcept nogil:
+        cdef int i
+        if self.tracker != NULL:
+            for i in range(count):
+                track_push(self.tracker, chains[i].id)
         if self.ring.control.packed:
             packed_push(self.ring, chains, written, count)
         else:
@@ -135,6 +174,8 @@ cdef class Virtqueue:
             packed_publish(self.ring)
         else:
             split_publish(self.ring)
+        if self.tracker != NULL and self.tracker.pushed:
+            track_publish(self.tracker, self.ring.worker.used_idx)
 
     cdef uint32_t unpublished(self) noexcept nogil:
         cdef WorkerSide *worker = &self.ring.worker
@@ -155,7 +196,9 @@ cdef class Virtqueue:
         return self.ring.control.size
 
     cdef bint arm(self) noexcept nogil:
-        return packed_arm(self.ring) if self.ring.control.packed else split_arm(self.ring)
+        if self.ring.control.packed:
+            return packed_arm(self.ring)
+        return split_arm(self.ring) or self.has_again()
 
     cdef void disarm(self) noexcept nogil:
         if self.ring.control.packed:
@@ -256,6 +299,34 @@ cdef class Virtqueue:
         self.ring.used_log_gpa = gpa
         self.ring.control.log_used = log is not None and used_log_gpa is not None
 
+    def track(self, InflightQueue queue) -> None:
+        """Remembers its chains there from now on. Those that were under way at a kill come
+        again, in their order, before those that the driver adds."""
+        self._want_held()
+        self.tracker = NULL
+        self.inflight_queue = queue
+        if queue is None:
+            return
+        if self.ring.control.packed:
+            raise ProtocolError("inflight: chains of packed rings are not remembered")
+        if queue.tracker.size < self.ring.control.size:
+            raise ProtocolError(f"inflight: a queue of {self.ring.control.size} chains, "
+                                f"and memory for {queue.tracker.size}")
+        queue.recover(self.ring.worker.used_idx)
+        # Beyond the ring: a front-end's lie, which must not be followed.
+        if any(id_ >= self.ring.control.size for id_ in queue.taken_before):
+            raise ProtocolError(f"inflight: chain {max(queue.taken_before)} under way in a queue "
+                                f"of {self.ring.control.size}")
+        if queue.taken_before:
+            # What the killed one had taken is what it had given back and what is marked.
+            self.base = (self.ring.worker.used_idx + len(queue.taken_before)) & 0xffff
+        self.tracker = &queue.tracker
+
+    @property
+    def again(self) -> int:
+        """Chains that were under way at a kill and have not been taken again."""
+        return (self.tracker.again_end - self.tracker.again_next) if self.tracker != NULL else 0
+
     def set_call(self, int fd) -> None:
         """A new fd to call the driver by, or -1. It is signalled once: a call may have
         gone to the old one while nobody listened."""
@@ -330,6 +401,7 @@ cdef class Virtqueue:
             raise ValueError(f"{len(chains)} chains to put back, {self.inflight} are out")
         memset(&chain, 0, sizeof(chain))
         for taken in chains:
+            chain.id = taken.id
             chain.slots = taken.slots
             self.rewind(&chain, 1)
 
