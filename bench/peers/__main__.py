@@ -26,13 +26,18 @@ def main() -> None:
         help="at most so many times the runs more, until enough were undisturbed",
     )  # fmt: skip
     parser.add_argument("--devices", nargs="+", help="only these, e.g. vhostpy ovs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path,
+        help="folder of the results (default: bench/results, of a whole run; else none)",
+    )  # fmt: skip
     options = parser.parse_args()
     if options.seconds < 2:
         parser.error("--seconds: at least 2")
     for program in ("dpdk-testpmd", "qemu-storage-daemon"):
         if shutil.which(program) is None:
             sys.exit(f"bench.peers: {program} is missing\n  next: bench/peers/install.sh")
+    whole = not (options.only or options.kind or options.devices)
+    folder = options.out or (RESULTS if whole else None)
     stamp = time.strftime("%Y-%m-%d")
     for kind in (net, blk):
         name = kind.__name__.rpartition(".")[2]
@@ -45,7 +50,8 @@ def main() -> None:
         try:
             kind.run(cases, results, options)
         finally:
-            results.write(options.out)
+            if folder is not None:
+                results.write(folder)
             print(results.markdown())
 
 
