@@ -214,8 +214,8 @@ def test_a_gigantic_request_is_ioerr_or_done_in_bounded_turns():
         big = guest.allocate(4 << 20)
         header = guest.put(struct.pack("<IIQ", OUT, 0, 0))
         status = guest.put(bytes([UNTOUCHED]))
-        guest.send([(header, 16), *[(big, 4 << 20)] * 100], [(status, 1)])
         turns = machine.workers.loads()[0]["busy_turns"]
+        guest.send([(header, 16), *[(big, 4 << 20)] * 100], [(status, 1)])
         eventually(lambda: guest.memory.read(status, 1) == bytes([OK]))
         assert machine.workers.loads()[0]["busy_turns"] > turns + 400
 
