@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.effects import Effect, Reply, StopRing
 from vhostpy.errors import VhostpyError
 from vhostpy.fds import OwnedFd
 from vhostpy.payloads import (
@@ -17,7 +18,7 @@ from vhostpy.payloads import (
 )
 from vhostpy.protocol import REPLIES_TO_FRONT_END, Decoder, Message, encode, encode_reply
 from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.session import Effect, Reply, Session, StopRing
+from vhostpy.session import Session
 
 UVA = 0x7F00_0000_0000
 REGION = MemoryRegion(0, 4 << 20, UVA, 0)  # room for 256 rings

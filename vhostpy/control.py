@@ -31,6 +31,7 @@ from typing import Any, Self
 import msgpack
 
 from vhostpy.errors import ConfigError, VhostpyError
+from vhostpy.fds import SOCKET_PATH_MAX
 
 log = logging.getLogger("vhostpy")
 
@@ -39,7 +40,6 @@ REQUEST_MAX = 64 << 10  # bytes; the longest real request has about 100
 REQUEST_ITEMS_MAX = 32  # in one map or array: a header cannot make us reserve more
 ANSWER_MAX = 256 << 20  # bytes; 65,536 forwarding entries are about 5 MB
 CLIENTS_MAX = 32
-SOCKET_PATH_MAX = 107  # unix(7): bytes of sun_path less the closing zero
 NAME_MIN, NAME_MAX = 8, 40  # characters of a process's name
 READ_SIZE = 16 << 10
 HALF_REQUEST_S = 5.0  # for the rest of a request that has begun

@@ -28,6 +28,8 @@ FDS_MAX = 8
 FDS_ROOM = 253
 INT_SIZE = array.array("i").itemsize
 
+# unix(7): bytes of a socket's path, less the closing zero.
+SOCKET_PATH_MAX = 107
 # What whoever closes a foreign file waits for it: nearly always long enough.
 CLOSE_PATIENCE_S = 0.02
 # So many of them may hang before nobody waits any more.

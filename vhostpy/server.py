@@ -34,8 +34,6 @@ HANDOVER_S = 2.0
 RECONNECT_MS = 50
 # How long to wait when the process has no file descriptors left.
 SHORTAGE_S = 0.1
-# sockaddr_un.sun_path of Linux, less the final NUL
-SOCKET_PATH_MAX = 107
 
 
 class Server:
@@ -364,9 +362,10 @@ def _adopt(fd: int) -> socket.socket:
 
 
 def _listen(path: str, mode: int | None, group: str | None) -> socket.socket:
-    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+    length, limit = len(os.fsencode(path)), fds.SOCKET_PATH_MAX
+    if length > limit:
         raise ConfigError(
-            f"socket path has {len(os.fsencode(path))} bytes, the system allows {SOCKET_PATH_MAX}",
+            f"socket path has {length} bytes, the system allows {limit}",
             "choose a shorter path",
         )
     gid = _gid(group)

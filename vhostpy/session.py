@@ -40,7 +40,6 @@ from vhostpy.effects import (
     SetRingErr,
     SetRingKick,
     SetStatus,
-    StartRing,
     StopRing,
     WriteConfig,
 )
@@ -61,34 +60,6 @@ from vhostpy.payloads import (
 from vhostpy.protocol import FRONT_END_TABLE, UNKNOWN, FrontEndRequest, Message
 from vhostpy.regions import FILE_END, check_regions, first_unmapped
 from vhostpy.ringstate import Ring, RingEvent, RingState, StopReason
-
-__all__ = [
-    "AddRegion",
-    "Effect",
-    "EnableRing",
-    "MemoryRegion",
-    "RemoveRegion",
-    "Reply",
-    "ResetDevice",
-    "Ring",
-    "RingState",
-    "SendRarp",
-    "Session",
-    "SetBackendChannel",
-    "SetFeatures",
-    "SetLog",
-    "SetMemory",
-    "SetMtu",
-    "SetRingAddresses",
-    "SetRingBase",
-    "SetRingCall",
-    "SetRingErr",
-    "SetRingKick",
-    "SetStatus",
-    "StartRing",
-    "StopRing",
-    "WriteConfig",
-]
 
 log = logging.getLogger("vhostpy")
 

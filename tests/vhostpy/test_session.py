@@ -21,6 +21,27 @@ from tests.talk import (
     ring_address,
 )
 from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.effects import (
+    AddRegion,
+    EnableRing,
+    RemoveRegion,
+    ResetDevice,
+    SendRarp,
+    SetBackendChannel,
+    SetFeatures,
+    SetLog,
+    SetMemory,
+    SetMtu,
+    SetRingAddresses,
+    SetRingBase,
+    SetRingCall,
+    SetRingErr,
+    SetRingKick,
+    SetStatus,
+    StartRing,
+    StopRing,
+    WriteConfig,
+)
 from vhostpy.errors import GuestError, ProtocolError, Refused, VhostpyError
 from vhostpy.payloads import (
     U64,
@@ -39,28 +60,7 @@ from vhostpy.payloads import (
     VringState,
 )
 from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.session import (
-    AddRegion,
-    EnableRing,
-    RemoveRegion,
-    ResetDevice,
-    RingState,
-    SendRarp,
-    SetBackendChannel,
-    SetFeatures,
-    SetLog,
-    SetMemory,
-    SetMtu,
-    SetRingAddresses,
-    SetRingBase,
-    SetRingCall,
-    SetRingErr,
-    SetRingKick,
-    SetStatus,
-    StartRing,
-    StopRing,
-    WriteConfig,
-)
+from vhostpy.ringstate import RingState
 
 LOG_ALL = 1 << Feature.LOG_ALL
 PLAIN = FEATURES & ~(1 << Feature.PROTOCOL_FEATURES)

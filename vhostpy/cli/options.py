@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from vhostpy.errors import ConfigError
-
-SOCKET_PATH_MAX = 107  # unix(7): bytes of sun_path less the closing zero
+from vhostpy.fds import SOCKET_PATH_MAX
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 TIME_UNITS_US = {"": 1, "us": 1, "ms": 1_000, "s": 1_000_000}
