@@ -3,6 +3,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 from posix.time cimport nanosleep, timespec
 
+import contextlib
+import select
 import time
 
 from vhostpy.errors import ConfigError
@@ -62,44 +64,89 @@ cdef class Channel:
     def close(self) -> None:
         """Called when no request is under way."""
 
-    # Door, for tests. ------------------------------------------------------------------
+    # Doors, for tests. -----------------------------------------------------------------
 
     def run(self, op, offset: int, size: int, data: bytes = b"", *, flags: int = 0,
             piece: int = 4096, timeout_s: float = 10) -> tuple:
         """One request by itself, from buffers of `piece` bytes: (result, bytes read)."""
-        cdef Request *request = <Request *>calloc(1, sizeof(Request))
-        cdef Request *done = NULL
-        cdef char *buffer = NULL
+        return self.run_all([(op, offset, size, data, flags, piece)], timeout_s=timeout_s)[0]
+
+    def run_all(self, requests: list, *, sleep: bool = False, timeout_s: float = 10) -> list:
+        """Requests as `run()` takes them, all under way at once. `sleep`: as a worker does
+        that has nothing else to do."""
+        cdef int count = len(requests), taken = 0, ended = 0, found = 0, i
+        cdef Request *all = <Request *>calloc(count, sizeof(Request))
+        cdef Request **burst = <Request **>calloc(count, sizeof(Request *))
+        cdef Request *done[16]
         cdef timespec nap
-        cdef uint64_t at = 0
-        cdef int taken = 0
         nap.tv_sec, nap.tv_nsec = 0, 50_000
-        request.op, request.flags = op, flags
-        request.offset, request.size = offset, size
-        request.result = 1
-        if op <= Op.WRITE:
-            assert not data or len(data) == size
-            buffer = <char *>malloc(size)
-            if data:
-                memcpy(buffer, <const char *>data, size)
-            request.iov = <iovec *>calloc(size // piece + 1, sizeof(iovec))
-            while at < request.size:
-                request.iov[request.iov_count].iov_base = buffer + at
-                request.iov[request.iov_count].iov_len = min(<uint64_t>piece, request.size - at)
-                at += request.iov[request.iov_count].iov_len
-                request.iov_count += 1
+        for i in range(count):
+            burst[i] = &all[i]
+            make_request(&all[i], (*requests[i], *DEFAULTS[len(requests[i]) - 3:]))
         deadline = time.monotonic() + timeout_s
-        while not taken or done == NULL:
-            if time.monotonic() > deadline:
-                raise TimeoutError      # and the buffers are left to the storage
-            with nogil:
-                if not taken:
-                    taken = self.submit(&request, 1)
-                if self.poll(&done, 1) == 0:
-                    nanosleep(&nap, NULL)
-        result = request.result
-        out = buffer[:size] if op == Op.READ else b""
-        free(request.iov)
-        free(buffer)
-        free(request)
-        return result, out
+        with contextlib.ExitStack() as stack:
+            poller = select.epoll()
+            stack.callback(poller.close)
+            if self.completion_fd >= 0:
+                poller.register(self.completion_fd, select.EPOLLIN | select.EPOLLET)
+            while ended < count:
+                if time.monotonic() > deadline:
+                    raise TimeoutError      # and the buffers are left to the storage
+                with nogil:
+                    if taken < count:
+                        taken += self.submit(burst + taken, count - taken)
+                    found = self.poll(done, 16)
+                    if found == 0 and not sleep:
+                        nanosleep(&nap, NULL)
+                ended += found
+                if found == 0 and sleep:
+                    if not self.arm():
+                        poller.poll(timeout_s)
+                    self.disarm()
+        results = []
+        for i in range(count):
+            results.append((all[i].result, take_buffer(&all[i])))
+        free(burst)
+        free(all)
+        return results
+
+
+DEFAULTS = (b"", 0, 4096)      # of a request's data, flags, piece
+
+
+cdef make_request(Request *request, tuple values):
+    cdef char *buffer
+    cdef uint64_t at = 0
+    op, offset, size, data, flags, piece = values
+    request.op, request.flags = op, flags
+    request.offset, request.size = offset, size
+    request.result = 1
+    request.owner = NULL
+    if op > Op.WRITE:
+        return
+    assert not data or len(data) == size
+    buffer = <char *>malloc(size)
+    request.owner = buffer
+    if data:
+        memcpy(buffer, <const char *>data, size)
+    request.iov = <iovec *>calloc(size // piece + 1, sizeof(iovec))
+    while at < request.size:
+        request.iov[request.iov_count].iov_base = buffer + at
+        request.iov[request.iov_count].iov_len = min(<uint64_t>piece, request.size - at)
+        at += request.iov[request.iov_count].iov_len
+        request.iov_count += 1
+
+
+cdef bytes take_buffer(Request *request):
+    """What was read. Also looks whether the list came back as it was."""
+    cdef char *buffer = <char *>request.owner
+    cdef uint64_t at = 0
+    cdef int i
+    data = buffer[:request.size] if request.op == Op.READ else b""
+    for i in range(request.iov_count):
+        assert request.iov[i].iov_base == buffer + at, "the list was changed"
+        at += request.iov[i].iov_len
+    assert request.op > Op.WRITE or at == request.size, "the list was changed"
+    free(request.iov)
+    free(buffer)
+    return data

@@ -9,7 +9,6 @@ from libc.errno cimport EINTR, EINVAL, EIO, ENODEV, ENOSYS, ENOTTY, EOPNOTSUPP, 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.signal cimport sigfillset, sigset_t
-from posix.stat cimport S_ISBLK, S_ISDIR, S_ISREG
 from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport close, fdatasync, write
@@ -17,13 +16,11 @@ from posix.unistd cimport close, fdatasync, write
 from vhostpy._hw cimport load_acquire_u32, store_release_u32
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
 
-import errno as errors
 import logging
 import os
 import threading
 
-from vhostpy.backends.storage._storage import check_block_size
-from vhostpy.errors import ConfigError
+from vhostpy.backends.storage.image import open_image
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -54,6 +51,12 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int, int, off_t, off_t)
 
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int, unsigned long, ...)
+
+cdef extern from "<linux/fs.h>" nogil:
+    unsigned long BLKDISCARD
+
 cdef extern from "<linux/falloc.h>" nogil:
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
@@ -80,6 +83,8 @@ cdef struct Pool:
     uint32_t stopping
     int fd
     int flush_error         # sticky: the kernel reports a lost write only once
+    bint is_device
+    bint no_discard         # BLKDISCARD's answer, found out by trying
     bint no_punch           # fallocate's answers, found out by trying
     bint no_zero_range
     uint64_t failed_flushes
@@ -196,8 +201,15 @@ cdef inline bint unsupported(int result) noexcept nogil:
 cdef int clear(Pool *pool, Request *request) noexcept nogil:
     """DISCARD and WRITE_ZEROES."""
     cdef int result
+    cdef uint64_t where[2]
     if request.size == 0:
         return 0
+    if request.op == Op.DISCARD and pool.is_device and not pool.no_discard:
+        where[0], where[1] = request.offset, request.size
+        result = -errno if ioctl(pool.fd, BLKDISCARD, where) < 0 else 0
+        if not unsupported(result):
+            return result
+        pool.no_discard = result != -EINVAL
     if request.op == Op.DISCARD or request.flags & REQUEST_UNMAP:
         if not pool.no_punch:
             result = allocate(pool.fd, FALLOC_FL_PUNCH_HOLE, request.offset, request.size)
@@ -274,6 +286,7 @@ def run(uint64_t pool, int number):
 @cython.final
 cdef class FileStorage(Storage):
     """The file or block device at `path`, all of it."""
+    cdef object image
     cdef Pool *pool
     cdef list threads
     cdef object lock
@@ -285,33 +298,21 @@ cdef class FileStorage(Storage):
     def __init__(self, path: str, read_only: bool = False, block_size: int = 512) -> None:
         if self.pool != NULL:
             raise TypeError("made already")
-        path = os.fspath(path)
-        self.block_size = check_block_size(block_size)
-        fd = open_image(path, read_only)
-        try:
-            size, is_device = size_of(fd, path)
-            usable = size // block_size * block_size
-            if usable == 0:
-                raise ConfigError(
-                    f"{path}: {size} bytes, less than one block of {block_size}",
-                    hint=f"give it a size: truncate -s 10G {path}")
-            if usable != size:
-                log.warning("%s: the last %d bytes are no whole block and are not shown",
-                            path, size - usable)
-            self.pool = <Pool *>calloc(1, sizeof(Pool))
-            if self.pool == NULL:
-                raise MemoryError
-        except BaseException:
-            os.close(fd)
-            raise
+        self.image = open_image(path, read_only=read_only, block_size=block_size)
+        self.pool = <Pool *>calloc(1, sizeof(Pool))
+        if self.pool == NULL:
+            self.image.close()
+            raise MemoryError
         pthread_mutex_init(&self.pool.lock, NULL)
         pthread_cond_init(&self.pool.wanted, NULL)
         self.pool.last = &self.pool.first
-        self.pool.fd = fd
-        self.size_bytes = usable
+        self.pool.fd = self.image.fd
+        self.pool.is_device = self.image.is_device
+        self.size_bytes = self.image.size_bytes
+        self.block_size = self.image.block_size
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
-        self.name = f"{'device' if is_device else 'file'} {path}"
+        self.name = self.image.name
 
     def channel(self) -> FileChannel:
         if self.pool == NULL:
@@ -349,7 +350,7 @@ cdef class FileStorage(Storage):
         if stuck:
             log.error("%s: %d requests hang in the kernel; the file stays open", self.name, stuck)
             return
-        os.close(pool.fd)
+        self.image.close()
         pthread_cond_destroy(&pool.wanted)
         pthread_mutex_destroy(&pool.lock)
         free(pool)
@@ -434,40 +435,3 @@ cdef class FileChannel(Channel):
         close(done.fd)
         pthread_mutex_destroy(&done.lock)
         free(done)
-
-
-# --- Opening -------------------------------------------------------------------------------
-
-def open_image(path, read_only):
-    """The image's fd; this is also where an image is to be locked."""
-    flags = os.O_CLOEXEC | os.O_NOCTTY | (os.O_RDONLY if read_only else os.O_RDWR)
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for its other end.
-        fd = os.open(path, flags | os.O_NONBLOCK)
-    except OSError as error:
-        hint = {
-            errors.ENOENT: f"make it: truncate -s 10G {path}",
-            errors.EACCES: "see who may read and write it: ls -l, or add --read-only",
-            errors.EPERM: "see who may write it: lsattr, or add --read-only",
-            errors.EROFS: "its file system is read-only: add --read-only",
-            errors.EISDIR: "name a file in it",
-            errors.ETXTBSY: "a running program is executed from it",
-            errors.ENXIO: "name a regular file or a block device",
-        }.get(error.errno, "")
-        raise ConfigError(f"{path}: {error.strerror.lower()}", hint=hint) from None
-    os.set_blocking(fd, True)
-    return fd
-
-
-def size_of(fd, path):
-    """(bytes, whether it is a block device)."""
-    mode = os.fstat(fd).st_mode
-    if S_ISBLK(mode):
-        # What BLKGETSIZE64 says; only opening read-write a read-only device fails later.
-        return os.lseek(fd, 0, os.SEEK_END), True
-    if S_ISREG(mode):
-        return os.fstat(fd).st_size, False
-    if S_ISDIR(mode):
-        raise ConfigError(f"{path}: a directory", hint="name a file in it")
-    raise ConfigError(f"{path}: neither a regular file nor a block device",
-                      hint="name a disk image")

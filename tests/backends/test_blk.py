@@ -34,6 +34,7 @@ from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.backends.storage.uring import UringStorage
 from vhostpy.errors import ConfigError, ProtocolError
 from vhostpy.memory import DirtyLog
 from vhostpy.worker import Workers
@@ -124,6 +125,8 @@ def small_gate(tmp_path):
 STORAGES = {
     "ram": lambda tmp_path: RamStorage(SIZE),
     "file": lambda tmp_path: FileStorage(image(tmp_path / "disk.img")),
+    "uring": lambda tmp_path: UringStorage(image(tmp_path / "disk.img")),
+    "uring, O_DIRECT": lambda tmp_path: UringStorage(image(tmp_path / "disk.img"), direct=True),
     "gate": opened_gate,
     "gate that takes 3": small_gate,
 }
@@ -217,8 +220,9 @@ def test_requests_in_flight_together_each_get_their_own_answer(tmp_path, feature
 
 
 @pytest.mark.parametrize("poll", ["adaptive", "busy", "interrupt"])
-def test_sleeping_workers_are_woken_by_kicks_and_completions(tmp_path, poll):
-    with Machine(FileStorage(image(tmp_path / "disk.img")), poll=poll) as machine:
+@pytest.mark.parametrize("kind", ["file", "uring", "uring, O_DIRECT"])
+def test_sleeping_workers_are_woken_by_kicks_and_completions(tmp_path, kind, poll):
+    with Machine(STORAGES[kind](tmp_path), poll=poll) as machine:
         for i in range(30):
             eventually(lambda: machine.counters()["parked"])
             assert machine.guest.request(OUT, i, data=b"x" * 512).wait() == OK
@@ -344,10 +348,10 @@ def test_a_storage_error_is_ioerr_counted_and_told_once(caplog):
     ]
 
 
-def test_an_image_truncated_under_us_is_ioerr(tmp_path):
-    path = image(tmp_path / "disk.img")
-    with Machine(FileStorage(path)) as machine:
-        os.truncate(path, 4096)
+@pytest.mark.parametrize("kind", ["file", "uring", "uring, O_DIRECT"])
+def test_an_image_truncated_under_us_is_ioerr(tmp_path, kind):
+    with Machine(STORAGES[kind](tmp_path)) as machine:
+        os.truncate(tmp_path / "disk.img", 4096)
         assert machine.guest.request(IN, 16, space=512).wait() == IOERR
         assert machine.guest.request(IN, 0, space=4096).wait() == OK
 
@@ -463,13 +467,14 @@ def test_a_session_that_ends_in_a_change_waits_for_requests_but_answers_none():
         assert machine.guest.memory.in_use == 0
 
 
-def test_fds_and_threads_are_as_before(tmp_path):
+@pytest.mark.parametrize("kind", ["file", "uring"])
+def test_fds_and_threads_are_as_before(tmp_path, kind):
     def fds():
         return len(os.listdir("/proc/self/fd"))
 
     before = fds()
     for _ in range(3):
-        with Machine(FileStorage(image(tmp_path / "disk.img")), guest=Guest(queues=3)) as machine:
+        with Machine(STORAGES[kind](tmp_path), guest=Guest(queues=3)) as machine:
             assert machine.guest.request(FLUSH, index=2).wait() == OK
     del machine
     assert fds() == before

@@ -3,7 +3,10 @@
 import errno
 import logging
 import os
+import random
 import resource
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -11,11 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vhostpy.backends.storage import uring as uring_module
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
+from vhostpy.backends.storage.files import open_file
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.backends.storage.uring import UringStorage
 from vhostpy.errors import ConfigError
 
 SIZE = 1 << 20
@@ -44,11 +50,23 @@ def opened_gate():
     return storage
 
 
+def uring(**options):
+    return lambda tmp: UringStorage(image(tmp / "disk.img"), **options)
+
+
 STORAGES = {
     "ram": lambda tmp: RamStorage(SIZE),
     "file": lambda tmp: FileStorage(image(tmp / "disk.img")),
     "gate": lambda tmp: opened_gate(),
+    "uring": uring(),
+    "uring as before Linux 6.1": uring(setup=1),
+    "uring as before Linux 5.19": uring(setup=2),
+    "uring, O_DIRECT": uring(direct=True),
+    "uring, O_DIRECT in blocks of 4K": uring(direct=True, alignment=4096),
 }
+# Those whose contents are a file.
+FILES = [kind for kind in STORAGES if kind.startswith(("file", "uring"))]
+BUFFERED = [kind for kind in FILES if "O_DIRECT" not in kind]
 
 
 requests = st.tuples(
@@ -87,6 +105,43 @@ def test_contents_are_those_of_a_bytearray(tmp_path_factory, kind, mix):
         assert channel.run(Op.READ, 0, SIZE) == (0, bytes(model))
 
 
+pieces = st.tuples(
+    st.sampled_from([Op.READ, Op.WRITE, Op.WRITE, Op.WRITE_ZEROES]),
+    st.integers(1, 40),
+    st.sampled_from([512, 4096, 1000, 77]),
+)
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+@settings(max_examples=20, deadline=None)
+@given(mix=st.lists(pieces, min_size=1, max_size=60), sleep=st.booleans())
+def test_requests_side_by_side_leave_each_other_alone(tmp_path_factory, kind, mix, sleep):
+    # Neighbours on the disk: some share a block, never a sector.
+    model = bytearray(random.Random(0).randbytes(SIZE))
+    with channel_of(STORAGES[kind](tmp_path_factory.mktemp("disk"))) as channel:
+        channel.run(Op.WRITE, 0, SIZE, bytes(model))
+        offset, requests, wanted = 512, [], []
+        for number, (op, sectors, piece) in enumerate(mix):
+            size = sectors * 512
+            data = bytes((number + i) % 251 for i in range(size)) if op == Op.WRITE else b""
+            requests.append((op, offset, size, data, 0, piece))
+            wanted.append((0, bytes(model[offset : offset + size]) if op == Op.READ else b""))
+            if op != Op.READ:
+                model[offset : offset + size] = data or bytes(size)
+            offset += size
+        assert channel.run_all(requests, sleep=sleep) == wanted
+        assert channel.run(Op.READ, 0, SIZE) == (0, bytes(model))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_more_requests_than_a_channel_takes_at_a_time_all_end(tmp_path, kind):
+    with channel_of(STORAGES[kind](tmp_path)) as channel:
+        writes = [(Op.WRITE, 512 * i, 512, bytes([i % 251]) * 512) for i in range(1000)]
+        assert channel.run_all(writes, sleep=True) == [(0, b"")] * 1000
+        reads = [(Op.READ, 512 * i, 512) for i in range(1000)]
+        assert channel.run_all(reads) == [(0, data) for _, _, _, data in writes]
+
+
 def test_ram_gives_discarded_pages_back():
     def resident():
         with open("/proc/self/statm") as statm:
@@ -115,27 +170,30 @@ def test_null_writes_nothing_into_its_buffers():
         assert channel.run(Op.READ, (1 << 40) - 4096, 4096, mark) == (0, mark)
 
 
-def test_file_takes_more_pieces_than_one_call_can(tmp_path):
-    with channel_of(FileStorage(image(tmp_path / "disk.img"))) as channel:
+@pytest.mark.parametrize("kind", FILES)
+def test_file_takes_more_pieces_than_one_call_can(tmp_path, kind):
+    with channel_of(STORAGES[kind](tmp_path)) as channel:
         data = os.urandom(4000 * 64)
         assert channel.run(Op.WRITE, 512, len(data), data, piece=64)[0] == 0
         assert channel.run(Op.READ, 512, len(data), piece=64)[1] == data
     assert (tmp_path / "disk.img").read_bytes()[512 : 512 + len(data)] == data
 
 
-def test_file_truncated_under_us_says_eio_and_serves_the_rest(tmp_path):
-    with channel_of(FileStorage(image(tmp_path / "disk.img"))) as channel:
+@pytest.mark.parametrize("kind", BUFFERED)
+def test_file_truncated_under_us_says_eio_and_serves_the_rest(tmp_path, kind):
+    with channel_of(STORAGES[kind](tmp_path)) as channel:
         channel.run(Op.WRITE, 0, 4096, b"a" * 4096)
         os.truncate(tmp_path / "disk.img", 2048)
         assert channel.run(Op.READ, 0, 4096)[0] == -errno.EIO
         assert channel.run(Op.READ, 0, 2048) == (0, b"a" * 2048)
 
 
-def test_a_write_that_the_file_system_refuses_says_why(tmp_path):
+@pytest.mark.parametrize("kind", BUFFERED)
+def test_a_write_that_the_file_system_refuses_says_why(tmp_path, kind):
     # A limit on file sizes stands for a full file system: both fail in the middle.
-    path = image(tmp_path / "disk.img")
+    path = tmp_path / "disk.img"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with channel_of(FileStorage(path)) as channel:
+    with channel_of(STORAGES[kind](tmp_path)) as channel:
         os.truncate(path, 0)
         resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))
         try:
@@ -146,12 +204,13 @@ def test_a_write_that_the_file_system_refuses_says_why(tmp_path):
         assert channel.run(Op.READ, SIZE // 2 - 2048, 2048) == (0, b"x" * 2048)
 
 
-def test_zeros_reach_a_file_system_without_zero_range():
+@pytest.mark.parametrize("storage", [FileStorage, UringStorage])
+def test_zeros_reach_a_file_system_without_zero_range(storage):
     # tmpfs punches holes, but has no FALLOC_FL_ZERO_RANGE: zeros are written.
     fd = os.memfd_create("disk")
     os.ftruncate(fd, SIZE)
     os.pwrite(fd, b"x" * SIZE, 0)
-    with channel_of(FileStorage(f"/proc/self/fd/{fd}")) as channel:
+    with channel_of(storage(f"/proc/self/fd/{fd}")) as channel:
         assert channel.run(Op.WRITE_ZEROES, 512, 300 * 1024)[0] == 0
         assert os.pread(fd, SIZE, 0) == b"x" * 512 + bytes(300 * 1024) + b"x" * (
             SIZE - 512 - 300 * 1024
@@ -162,11 +221,11 @@ def test_zeros_reach_a_file_system_without_zero_range():
     os.close(fd)
 
 
-def test_close_leaves_no_thread_and_no_fd(tmp_path):
-    path = image(tmp_path / "disk.img")
+@pytest.mark.parametrize("kind", FILES)
+def test_close_leaves_no_thread_and_no_fd(tmp_path, kind):
     threads, fds = threading.active_count(), os.listdir("/proc/self/fd")
     for _ in range(3):
-        storage = FileStorage(path)
+        storage = STORAGES[kind](tmp_path)
         channels = [storage.channel() for _ in range(4)]
         for channel in channels:
             assert channel.run(Op.READ, 0, 512)[0] == 0
@@ -178,8 +237,9 @@ def test_close_leaves_no_thread_and_no_fd(tmp_path):
     assert os.listdir("/proc/self/fd") == fds
 
 
-def test_completions_signal_nobody_who_has_not_asked(tmp_path):
-    with channel_of(FileStorage(image(tmp_path / "disk.img"))) as channel:
+@pytest.mark.parametrize("kind", FILES)
+def test_completions_signal_nobody_who_has_not_asked(tmp_path, kind):
+    with channel_of(STORAGES[kind](tmp_path)) as channel:
         channel.run(Op.READ, 0, 512)
         with pytest.raises(BlockingIOError):  # it was never written
             os.eventfd_read(channel.completion_fd)
@@ -226,3 +286,65 @@ def test_an_odd_size_is_rounded_down_and_said(tmp_path, caplog):
     assert storage.size_bytes == 512
     assert "488 bytes" in caplog.text
     storage.close()
+
+
+# Which storage serves a file ----------------------------------------------------------
+
+
+def test_a_file_is_served_by_io_uring(tmp_path, caplog):
+    storage = open_file(image(tmp_path / "disk.img"))
+    assert isinstance(storage, UringStorage)
+    assert not caplog.text
+    storage.close()
+
+
+def not_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vhostpy.backends.storage.uring", None)
+
+
+def not_allowed(monkeypatch):
+    def refuse(*arguments):
+        raise uring_module.UringUnavailable("Operation not permitted")
+
+    monkeypatch.setattr(uring_module, "UringStorage", refuse)
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"), [(not_built, "without liburing"), (not_allowed, "not permitted")]
+)
+def test_without_io_uring_threads_serve_and_one_line_says_why(
+    tmp_path, monkeypatch, caplog, cause, words
+):
+    path = image(tmp_path / "disk.img")
+    cause(monkeypatch)
+    with caplog.at_level(logging.WARNING, "vhostpy"):
+        storage = open_file(path, block_size=4096)
+    assert isinstance(storage, FileStorage)
+    assert (storage.block_size, len(caplog.records)) == (4096, 1)
+    assert words in caplog.text and "next: " in caplog.text
+    storage.close()
+    with pytest.raises(ConfigError, match=f"O_DIRECT needs io_uring.*{words}"):
+        open_file(path, direct=True)
+
+
+def test_an_image_on_a_block_device(tmp_path):
+    with loop_device(tmp_path) as path, channel_of(UringStorage(path, direct=True)) as channel:
+        assert channel.run(Op.WRITE, 4096, 8192, b"x" * 8192) == (0, b"")
+        assert channel.run(Op.WRITE_ZEROES, 4096, 4096, flags=UNMAP)[0] == 0
+        assert channel.run(Op.DISCARD, 0, 4096)[0] == 0
+        assert channel.run(Op.FLUSH, 0, 0)[0] == 0
+        assert channel.run(Op.READ, 4096, 8192) == (0, bytes(4096) + b"x" * 4096)
+
+
+@contextmanager
+def loop_device(tmp_path):
+    path = image(tmp_path / "disk.img")
+    made = subprocess.run(
+        ["losetup", "--find", "--show", path], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    try:
+        yield made.stdout.strip()
+    finally:
+        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)

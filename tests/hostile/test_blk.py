@@ -31,6 +31,7 @@ from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.backends.storage.uring import UringStorage
 
 CONTENT = b"precious" * (SIZE // 8)
 
@@ -254,9 +255,17 @@ def test_more_requests_than_slots_wait_in_the_ring():
 # Memory that changes or goes away ----------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["ram", "file"])
+STORAGES = {
+    "ram": lambda tmp_path: RamStorage(SIZE),
+    "file": lambda tmp_path: FileStorage(image(tmp_path / "disk.img")),
+    "uring": lambda tmp_path: UringStorage(image(tmp_path / "disk.img")),
+    "uring, O_DIRECT": lambda tmp_path: UringStorage(image(tmp_path / "disk.img"), direct=True),
+}
+
+
+@pytest.mark.parametrize("kind", STORAGES)
 def test_guest_memory_truncated_under_a_request_poisons_it_and_answers(tmp_path, kind):
-    storage = RamStorage(SIZE) if kind == "ram" else FileStorage(image(tmp_path / "disk.img"))
+    storage = STORAGES[kind](tmp_path)
     innocent = RamStorage(SIZE)
     with Machine(storage) as machine, Machine(innocent) as neighbour:
         guest = machine.guest
@@ -274,10 +283,10 @@ def test_guest_memory_truncated_under_a_request_poisons_it_and_answers(tmp_path,
         assert (read.wait(), read.data) == (OK, b"n" * 512)
 
 
-@pytest.mark.parametrize("kind", ["ram", "file"])
+@pytest.mark.parametrize("kind", STORAGES)
 def test_holes_punched_into_guest_memory_lose_no_byte(tmp_path, kind):
     # Balloon, free-page reporting: a buffer's page is dropped while its request runs.
-    storage = RamStorage(SIZE) if kind == "ram" else FileStorage(image(tmp_path / "disk.img"))
+    storage = STORAGES[kind](tmp_path)
     channel = storage.channel()
     channel.run(Op.WRITE, 0, SIZE, CONTENT)
     channel.close()

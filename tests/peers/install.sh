@@ -29,6 +29,7 @@ python_has() { python3 -c "$1" >/dev/null 2>&1; }
 missing_packages() {
     command -v gcc >/dev/null || echo gcc
     [ -e /usr/include/stdlib.h ] || echo libc6-dev
+    [ -e /usr/include/liburing.h ] || echo liburing-dev
     command -v python3 >/dev/null || echo python3
     python_has 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ||
         echo python3-dev

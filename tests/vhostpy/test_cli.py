@@ -113,6 +113,7 @@ BAD_USAGE = {
     "two contents": ("blk --socket s --ram 1G --null 1G", "not allowed with argument"),
     "odd block size": ("blk --socket s --ram 1G --block-size 3K", "one of 512, 1K, 2K, 4K"),
     "size not in blocks": ("blk --socket s --ram 512 --block-size 4K", "round it, e.g. to 4096"),
+    "direct RAM": ("blk --socket s --ram 1G --direct", "--direct is for --file"),
     "long serial": (f"blk --socket s --ram 1G --serial {'1' * 21}", "at most 20 printable ASCII"),
     "no queues": ("net --socket s --queues 0", "a whole number from 1 to 128"),
     "too many queues": ("blk --socket s --ram 1G --queues 257", "a whole number from 1 to 256"),

@@ -45,6 +45,8 @@ def main(arguments: list[str], program: str) -> int:
     check_process_flags(parser, options)
     if options.null is not None and options.read_only:
         parser.error("--null has no contents to protect\nleave --read-only")
+    if options.direct and options.file is None:
+        parser.error("--direct is for --file\nleave it")
     size = options.ram or options.null or 0
     if size % options.block_size:
         whole = -(-size // options.block_size) * options.block_size
@@ -76,6 +78,10 @@ def _parser(program: str) -> Parser:
         help="nothing: writes vanish, reads leave the guest's buffers alone; for measurements",
     )  # fmt: skip
     parser.add_argument("--read-only", action="store_true", help="the guest cannot write")
+    parser.add_argument(
+        "--direct", action="store_true",
+        help="--file past this machine's page cache (O_DIRECT): steady on a fast disk",
+    )  # fmt: skip
     parser.add_argument(
         "--serial", type=_serial, default="", action=Once,
         help=f"what the guest sees as serial number, at most {SERIAL_MAX} bytes",
@@ -124,9 +130,14 @@ def _build(options: argparse.Namespace) -> "App":
 
 def _open_storage(options: argparse.Namespace) -> Any:
     if options.file is not None:
-        from vhostpy.backends.storage.file import FileStorage
+        from vhostpy.backends.storage.files import open_file
 
-        return FileStorage(options.file, read_only=options.read_only, block_size=options.block_size)
+        return open_file(
+            options.file,
+            read_only=options.read_only,
+            block_size=options.block_size,
+            direct=options.direct,
+        )
     if options.ram is not None:
         from vhostpy.backends.storage.ram import RamStorage
 

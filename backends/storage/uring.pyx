@@ -1,0 +1,723 @@
+"""A disk in a file or on a block device, by io_uring.
+
+A channel is a ring of its own. submit() writes submission entries, poll() hands them to
+the kernel, all in one system call, and takes what is complete out of the ring, which needs
+none. Where the kernel lets us (6.1), it does completion work only when we ask for it, on
+the worker's own time. The worker that polls first is the ring's only submitter.
+
+Guest memory is never registered: pinned pages and a balloon lose data silently.
+
+What one entry cannot carry takes a `Detour`: transfers that came back short, O_DIRECT
+with a range or buffers that are not aligned, zeros where nothing else writes them.
+"""
+cimport cython
+from libc.errno cimport (
+    EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSYS, ENOTTY, EOPNOTSUPP, errno,
+)
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+from posix.uio cimport iovec
+from posix.unistd cimport close
+
+from vhostpy._hw cimport (
+    atomic_add_i64, fence_full, likely, read_once_u32, store_release_u32, unlikely,
+)
+from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
+
+import os
+
+from vhostpy.backends.storage.image import open_image
+from vhostpy.errors import ConfigError, VhostpyError
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int, int)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef extern from "<linux/falloc.h>" nogil:
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+
+cdef extern from "<liburing.h>" nogil:
+    struct io_uring_sq:
+        unsigned int *kflags
+    struct io_uring:
+        io_uring_sq sq
+        unsigned int flags
+        int ring_fd
+    struct io_uring_params:
+        unsigned int flags
+    struct io_uring_sqe:
+        uint8_t opcode
+        uint8_t flags
+        int fd
+        uint64_t off
+        uint64_t addr
+        uint64_t addr3
+        uint64_t user_data
+    struct io_uring_cqe:
+        uint64_t user_data
+        int32_t res
+    struct io_uring_probe:
+        pass
+    int io_uring_queue_init_params(unsigned int, io_uring *, io_uring_params *)
+    void io_uring_queue_exit(io_uring *)
+    int io_uring_enable_rings(io_uring *)
+    int io_uring_register_files(io_uring *, const int *, unsigned int)
+    int io_uring_register_eventfd(io_uring *, int)
+    io_uring_probe *io_uring_get_probe_ring(io_uring *)
+    void io_uring_free_probe(io_uring_probe *)
+    int io_uring_opcode_supported(const io_uring_probe *, int)
+    io_uring_sqe *io_uring_get_sqe(io_uring *)
+    unsigned int io_uring_sq_ready(const io_uring *)
+    unsigned int io_uring_cq_ready(const io_uring *)
+    unsigned int io_uring_peek_batch_cqe(io_uring *, io_uring_cqe **, unsigned int)
+    void io_uring_cq_advance(io_uring *, unsigned int)
+    int io_uring_submit_and_get_events(io_uring *)
+    int io_uring_submit(io_uring *)
+    int io_uring_cq_eventfd_toggle(io_uring *, bint)
+    void io_uring_prep_read(io_uring_sqe *, int, void *, unsigned int, uint64_t)
+    void io_uring_prep_write(io_uring_sqe *, int, const void *, unsigned int, uint64_t)
+    void io_uring_prep_readv(io_uring_sqe *, int, const iovec *, unsigned int, uint64_t)
+    void io_uring_prep_writev(io_uring_sqe *, int, const iovec *, unsigned int, uint64_t)
+    void io_uring_prep_fsync(io_uring_sqe *, int, unsigned int)
+    void io_uring_prep_fallocate(io_uring_sqe *, int, int, uint64_t, uint64_t)
+    void io_uring_prep_rw(int, io_uring_sqe *, int, const void *, unsigned int, uint64_t)
+    unsigned int IORING_SETUP_R_DISABLED, IORING_SETUP_SUBMIT_ALL, IORING_SETUP_COOP_TASKRUN
+    unsigned int IORING_SETUP_TASKRUN_FLAG, IORING_SETUP_SINGLE_ISSUER
+    unsigned int IORING_SETUP_DEFER_TASKRUN
+    unsigned int IORING_SQ_TASKRUN, IORING_SQ_CQ_OVERFLOW, IORING_FSYNC_DATASYNC
+    uint8_t IOSQE_FIXED_FILE, IOSQE_ASYNC
+    int IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV
+    int IORING_OP_FSYNC, IORING_OP_FALLOCATE, IORING_OP_URING_CMD
+
+cdef enum:
+    FLYING = 256            # requests that a channel takes at a time; entries of its ring
+    REAP = 64
+    IOV_MAX = 1024          # limits.h: iovecs that one call takes
+    PIECE_MAX = 0x7ffff000  # bytes that the kernel moves in one call
+    PAGE = 4096
+    ZEROS = 65536
+    ZERO_PIECES = 16
+    BOUNCE_BYTES = 256 << 10
+    BOUNCES = 16            # a channel's, so that a guest can't make us take much memory
+    SECTOR = 512
+    BLOCK_DISCARD = 0x1200  # linux/blkdev.h: BLOCK_URING_CMD_DISCARD, since 6.12
+
+# What a request on a detour is at.
+cdef enum Stage:
+    CONTINUE                # pieces of the request that are left
+    BOUNCE                  # a piece through the buffer
+    MERGE                   # first reads the blocks that a write changes in part
+    # Ways to clear, in this order.
+    DISCARD_BLOCKS
+    PUNCH_HOLE
+    ZERO_RANGE
+    WRITE_ZEROS
+
+cdef struct Detour:
+    int stage
+    bint bounces            # counted in the channel's `bounces`
+    bint writes             # counted in the storage's `writers`
+    bint alone              # it holds the storage's `alone`
+    uint64_t offset         # of what is left
+    uint64_t size
+    iovec *iov              # for the next entry
+    int32_t count
+    iovec *cut_at           # a piece of the request's whose start we moved, or NULL
+    iovec cut               # as it was
+    uint8_t *buffer         # BOUNCE_BYTES
+    uint64_t start          # what the buffer holds: from this offset, in whole blocks,
+    uint64_t length         # so many bytes
+    uint64_t moved          # of them are transferred
+    iovec pieces[ZERO_PIECES]
+
+# What channels of a storage share.
+cdef struct Shared:
+    int flush_error         # sticky: the kernel reports a lost write only once
+    uint32_t is_device
+    uint32_t no_discard     # the kernel's answers, found out by trying
+    uint32_t no_punch
+    uint32_t no_zero_range
+    uint32_t offset_alignment
+    uint32_t memory_alignment
+    bint direct
+    # A guest may write less than a block where blocks are larger than sectors: then one
+    # write at a time, with no other under way.
+    bint gated
+    int64_t writers
+    int64_t alone
+
+cdef char zeros_room[ZEROS + PAGE]
+cdef char *zeros = <char *>((<uint64_t>zeros_room + PAGE - 1) & ~<uint64_t>(PAGE - 1))
+
+
+class UringUnavailable(VhostpyError):
+    """This kernel, or its configuration, has no io_uring for us."""
+
+
+cdef inline bint unsupported(int result) noexcept nogil:
+    # EINVAL: a block device that takes only whole blocks of more than 512 bytes.
+    return result in (-EOPNOTSUPP, -ENOSYS, -ENODEV, -ENOTTY, -EINVAL)
+
+
+# --- Detours -----------------------------------------------------------------------------
+
+cdef void step(Detour *detour, uint64_t got) noexcept nogil:
+    """`got` bytes of the list are done; the next entry goes on behind them."""
+    detour.offset += got
+    detour.size -= got
+    while detour.count > 0 and got >= detour.iov.iov_len:
+        got -= detour.iov.iov_len
+        if detour.cut_at != NULL:
+            detour.cut_at[0] = detour.cut
+            detour.cut_at = NULL
+        detour.iov += 1
+        detour.count -= 1
+    if got > 0:
+        if detour.cut_at == NULL:
+            detour.cut_at = detour.iov
+            detour.cut = detour.iov[0]
+        detour.iov.iov_base = <char *>detour.iov.iov_base + got
+        detour.iov.iov_len -= got
+
+
+cdef void copy_part(const Request *request, uint64_t at, uint8_t *buffer, uint64_t length,
+                    bint from_buffer) noexcept nogil:
+    """`length` bytes of the request's buffers, from byte `at` on, to or from `buffer`."""
+    cdef int i = 0
+    cdef uint64_t piece
+    cdef uint8_t *guest
+    while length > 0 and i < request.iov_count:
+        if at >= request.iov[i].iov_len:
+            at -= request.iov[i].iov_len
+            i += 1
+            continue
+        piece = min(length, request.iov[i].iov_len - at)
+        guest = <uint8_t *>request.iov[i].iov_base + at
+        if from_buffer:
+            memcpy(guest, buffer, piece)
+        else:
+            memcpy(buffer, guest, piece)
+        buffer += piece
+        length -= piece
+        at += piece
+
+
+cdef void next_bounce(const Request *request, Detour *detour, uint32_t alignment) noexcept nogil:
+    """Fills in the blocks that the next piece touches, and what has to be done first."""
+    cdef uint64_t mask = ~<uint64_t>(alignment - 1)
+    cdef uint64_t end
+    detour.start = detour.offset & mask
+    end = min((detour.offset + detour.size + alignment - 1) & mask,
+              detour.start + BOUNCE_BYTES)
+    detour.length = end - detour.start
+    detour.moved = 0
+    detour.stage = BOUNCE
+    if request.op == Op.WRITE:
+        if detour.start < detour.offset or detour.offset + detour.size < end:
+            detour.stage = MERGE
+        else:
+            fill_bounce(request, detour)
+
+
+cdef inline uint64_t bounce_part(const Detour *detour) noexcept nogil:
+    # Bytes of the request that the buffer holds.
+    return min(detour.size, detour.start + detour.length - detour.offset)
+
+
+cdef void fill_bounce(const Request *request, Detour *detour) noexcept nogil:
+    copy_part(request, detour.offset - request.offset,
+              detour.buffer + (detour.offset - detour.start), bounce_part(detour), False)
+
+
+# --- Storage and channel -------------------------------------------------------------------
+
+cdef unsigned int[3] SETUPS
+# In the order of preference: 6.1, 5.19, older. With DEFER_TASKRUN the thread that enables
+# the ring is the only one that may use it: the worker does that with its first poll.
+SETUPS[0] = (IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG
+             | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED)
+SETUPS[1] = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL
+SETUPS[2] = 0
+
+
+def choose_setup() -> int:
+    """Which of the setups this kernel has. Raises UringUnavailable."""
+    cdef io_uring ring
+    cdef io_uring_params params
+    cdef io_uring_probe *probe
+    cdef int result = 0
+    cdef int i
+    for i in range(3):
+        memset(&params, 0, sizeof(params))
+        params.flags = SETUPS[i]
+        result = io_uring_queue_init_params(2, &ring, &params)
+        if result == 0:
+            break
+        if result != -EINVAL:
+            raise UringUnavailable(os.strerror(-result))
+    else:
+        raise UringUnavailable(os.strerror(-result))
+    probe = io_uring_get_probe_ring(&ring)
+    good = probe != NULL and all(io_uring_opcode_supported(probe, op) for op in (
+        IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC,
+        IORING_OP_FALLOCATE))
+    if probe != NULL:
+        io_uring_free_probe(probe)
+    io_uring_queue_exit(&ring)
+    if not good:
+        raise UringUnavailable("the kernel is too old, 5.6 is needed")
+    return i
+
+
+@cython.final
+cdef class UringStorage(Storage):
+    """The file or block device at `path`, all of it.
+
+    `alignment`: for tests, what O_DIRECT is said to want.
+    """
+    cdef object image
+    cdef Shared *shared
+    cdef int setup
+
+    def __init__(self, path: str, read_only: bool = False, block_size: int = 512,
+                 direct: bool = False, *, alignment: int = 0, setup: int | None = None) -> None:
+        if self.shared != NULL:
+            raise TypeError("made already")
+        chosen = choose_setup()
+        self.setup = chosen if setup is None else max(chosen, setup)
+        self.image = image = open_image(path, read_only=read_only, direct=direct,
+                                        block_size=max(block_size, alignment))
+        self.shared = <Shared *>calloc(1, sizeof(Shared))
+        if self.shared == NULL:
+            image.close()
+            raise MemoryError
+        self.shared.is_device = image.is_device
+        self.shared.direct = direct
+        self.shared.offset_alignment = max(image.offset_alignment, <int>alignment)
+        self.shared.memory_alignment = max(image.memory_alignment, <int>alignment)
+        self.shared.gated = self.shared.offset_alignment > SECTOR
+        self.size_bytes = image.size_bytes
+        self.block_size = image.block_size
+        self.read_only = read_only
+        self.can_discard = self.can_write_zeroes = not read_only
+        self.name = image.name + (" (O_DIRECT)" if direct else "")
+
+    def __dealloc__(self):
+        free(self.shared)
+
+    def channel(self) -> UringChannel:
+        if self.image.fd < 0:
+            raise ValueError(f"{self.name}: closed")
+        return UringChannel(self)
+
+    def close(self) -> None:
+        """Closes the file; a request that hangs in the kernel keeps it open. Idempotent."""
+        self.image.close()
+
+
+@cython.final
+cdef class UringChannel(Channel):
+    cdef UringStorage storage
+    cdef Shared *shared
+    cdef io_uring ring
+    cdef bint is_open
+    cdef bint is_enabled
+    cdef int flying             # requests that we have
+    cdef int bounces            # of them, those that use a buffer
+    # Done without the kernel; not startable now; to go on with another entry.
+    cdef Request *ready
+    cdef Request *waiting
+    cdef Request **waiting_last
+    cdef Request *again
+
+    def __cinit__(self, UringStorage storage not None):
+        cdef io_uring_params params
+        cdef int fd = storage.image.fd
+        cdef int result
+        self.storage = storage
+        self.shared = storage.shared
+        self.waiting_last = &self.waiting
+        memset(&params, 0, sizeof(params))
+        params.flags = SETUPS[storage.setup]
+        result = io_uring_queue_init_params(FLYING, &self.ring, &params)
+        if result == -ENOMEM:
+            raise ConfigError(f"{storage.name}: no memory for a ring of io_uring",
+                              hint="raise the limit of locked memory (ulimit -l)")
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        self.is_open = True
+        self.is_enabled = not params.flags & IORING_SETUP_R_DISABLED
+        self.completion_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.completion_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        result = io_uring_register_files(&self.ring, &fd, 1)
+        if result == 0:
+            result = io_uring_register_eventfd(&self.ring, self.completion_fd)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        io_uring_cq_eventfd_toggle(&self.ring, False)
+
+    def __dealloc__(self):
+        # What hangs in the kernel leaves the ring behind.
+        if self.is_open and self.flying == 0:
+            io_uring_queue_exit(&self.ring)
+        if self.completion_fd >= 0:
+            close(self.completion_fd)
+
+    def close(self) -> None:
+        if self.is_open and self.flying == 0:
+            self.is_open = False
+            io_uring_queue_exit(&self.ring)
+            close(self.completion_fd)
+            self.completion_fd = -1
+
+    cdef int submit(self, Request **burst, int count) noexcept nogil:
+        cdef int i, taken = min(count, FLYING - self.flying)
+        for i in range(taken):
+            if likely(burst[i].op <= Op.WRITE and not self.shared.direct and burst[i].size > 0):
+                burst[i].home = NULL
+                self.prepare(burst[i], False)
+            else:
+                self.start(burst[i])
+        self.flying += taken
+        return taken
+
+    cdef int poll(self, Request **done, int limit) noexcept nogil:
+        cdef io_uring_cqe *entries[REAP]
+        cdef Request *request
+        cdef int count = 0
+        cdef unsigned int i, found
+        if unlikely(self.waiting != NULL):
+            self.start_waiting()
+        while unlikely(self.again != NULL):
+            request = self.again
+            self.again = request.next
+            self.prepare(request, True)
+        while unlikely(self.ready != NULL) and count < limit:
+            done[count] = self.ready
+            self.ready = self.ready.next
+            count += 1
+        if io_uring_sq_ready(&self.ring) > 0:
+            self.enter()
+        if self.flying > count and count < limit:
+            found = io_uring_peek_batch_cqe(
+                &self.ring, entries, <unsigned int>min(limit - count, <int>REAP))
+            for i in range(found):
+                request = <Request *>entries[i].user_data
+                if likely(request.home == NULL and entries[i].res == <int64_t>request.size):
+                    request.result = 0
+                elif not self.came_back(request, entries[i].res):
+                    continue
+                done[count] = request
+                count += 1
+            if found > 0:
+                io_uring_cq_advance(&self.ring, found)
+        self.flying -= count
+        return count
+
+    cdef bint arm(self) noexcept nogil:
+        if (self.ready != NULL or self.again != NULL or self.waiting != NULL
+                or io_uring_sq_ready(&self.ring) > 0):
+            return True
+        if self.flying == 0:
+            return False
+        io_uring_cq_eventfd_toggle(&self.ring, True)
+        fence_full()    # either the kernel sees the flag, or we see what it has done
+        return (io_uring_cq_ready(&self.ring) > 0 or
+                (read_once_u32(self.ring.sq.kflags)
+                 & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) != 0)
+
+    cdef void disarm(self) noexcept nogil:
+        io_uring_cq_eventfd_toggle(&self.ring, False)
+
+    cdef void enter(self) noexcept nogil:
+        """All entries to the kernel. What it does not take now it takes at the next poll."""
+        if unlikely(not self.is_enabled):
+            self.is_enabled = True
+            io_uring_enable_rings(&self.ring)
+        io_uring_submit_and_get_events(&self.ring)
+
+    # One request: start, entry, what came back ---------------------------------------------
+
+    cdef void start(self, Request *request) noexcept nogil:
+        """What is not a plain transfer, and every request where O_DIRECT wants alignment."""
+        cdef Shared *shared = self.shared
+        request.home = NULL
+        if request.op == Op.FLUSH:
+            if shared.flush_error == 0:
+                self.prepare(request, False)
+            else:
+                self.end_here(request, shared.flush_error)
+        elif request.size == 0:
+            self.end_here(request, 0)
+        elif self.waiting != NULL or not self.start_now(request):
+            request.next = NULL
+            self.waiting_last[0] = request
+            self.waiting_last = &request.next
+
+    cdef void start_waiting(self) noexcept nogil:
+        cdef Request *request
+        while self.waiting != NULL:
+            request = self.waiting
+            # start_now() links it elsewhere.
+            self.waiting = request.next
+            if not self.start_now(request):
+                self.waiting = request
+                break
+        if self.waiting == NULL:
+            self.waiting_last = &self.waiting
+
+    cdef bint start_now(self, Request *request) noexcept nogil:
+        """False: it has to wait for another one; `home` may hold what it has by then."""
+        cdef Shared *shared = self.shared
+        cdef Detour *detour = <Detour *>request.home
+        cdef bint partial = False
+        cdef bint aligned = True
+        if request.op <= Op.WRITE:
+            partial = ((request.offset | request.size) & (shared.offset_alignment - 1)) != 0
+            aligned = not partial and self.is_aligned(request)
+            if not aligned and (self.bounces >= BOUNCES and (detour == NULL or not detour.bounces)):
+                return False
+        if aligned and not shared.gated and request.op <= Op.WRITE:
+            self.prepare(request, False)
+            return True
+        if detour == NULL:
+            detour = <Detour *>calloc(1, sizeof(Detour))
+            if detour == NULL:
+                self.end_here(request, -ENOMEM)
+                return True
+            request.home = detour
+            detour.offset = request.offset
+            detour.size = request.size
+            detour.iov = request.iov
+            detour.count = request.iov_count
+            if not aligned:
+                detour.bounces = True
+                self.bounces += 1
+                detour.buffer = <uint8_t *>aligned_alloc(PAGE, BOUNCE_BYTES)
+                if detour.buffer == NULL:
+                    self.leave(request)
+                    self.end_here(request, -ENOMEM)
+                    return True
+        if shared.gated and request.op != Op.READ and not self.pass_gate(detour, partial):
+            return False
+        if request.op > Op.WRITE:
+            detour.stage = self.next_way(request, 0)
+            if detour.stage == 0:
+                self.leave(request)
+                self.end_here(request, 0)
+                return True
+        elif not aligned:
+            next_bounce(request, detour, shared.offset_alignment)
+        self.prepare(request, False)
+        return True
+
+    cdef bint pass_gate(self, Detour *detour, bint partial) noexcept nogil:
+        cdef Shared *shared = self.shared
+        if not partial:
+            if atomic_add_i64(&shared.writers, 1) > 0:
+                fence_full()
+                if atomic_add_i64(&shared.alone, 0) == 0:
+                    detour.writes = True
+                    return True
+            atomic_add_i64(&shared.writers, -1)
+            return False
+        if not detour.alone:
+            if atomic_add_i64(&shared.alone, 1) != 1:
+                atomic_add_i64(&shared.alone, -1)
+                return False
+            detour.alone = True
+        fence_full()
+        return atomic_add_i64(&shared.writers, 0) == 0
+
+    cdef bint is_aligned(self, const Request *request) noexcept nogil:
+        cdef uint64_t bits = 0
+        cdef int i
+        for i in range(request.iov_count):
+            bits |= <uint64_t>request.iov[i].iov_base | request.iov[i].iov_len
+        return (bits & (self.shared.memory_alignment - 1)) == 0
+
+    cdef int next_way(self, const Request *request, int tried) noexcept nogil:
+        """How to clear, after the way that did not work; 0: there is nothing to do."""
+        cdef Shared *shared = self.shared
+        cdef bint discard = request.op == Op.DISCARD
+        if tried < DISCARD_BLOCKS and discard and shared.is_device and not shared.no_discard:
+            return DISCARD_BLOCKS
+        if (tried < PUNCH_HOLE and not shared.no_punch
+                and (discard or request.flags & REQUEST_UNMAP)):
+            return PUNCH_HOLE
+        if discard:
+            return 0        # only a hint
+        if tried < ZERO_RANGE and not shared.no_zero_range:
+            return ZERO_RANGE
+        return WRITE_ZEROS
+
+    cdef void prepare(self, Request *request, bint forced) noexcept nogil:
+        """Writes the entry; there is one for each request that we take.
+
+        `forced`: the kernel did not do all of it at once, so a thread of its shall.
+        """
+        cdef io_uring_sqe *entry = io_uring_get_sqe(&self.ring)
+        cdef Detour *detour = <Detour *>request.home
+        cdef iovec *iov = request.iov
+        cdef int32_t count = request.iov_count
+        cdef uint64_t offset = request.offset
+        cdef bint reads = request.op == Op.READ
+        if request.op == Op.FLUSH:
+            io_uring_prep_fsync(entry, 0, IORING_FSYNC_DATASYNC)
+        elif unlikely(detour != NULL and detour.stage >= DISCARD_BLOCKS
+                      and detour.stage < WRITE_ZEROS):
+            if detour.stage == DISCARD_BLOCKS:
+                io_uring_prep_rw(IORING_OP_URING_CMD, entry, 0, <void *>detour.offset, 0,
+                                 BLOCK_DISCARD)
+                entry.addr3 = detour.size
+            else:
+                io_uring_prep_fallocate(
+                    entry, 0, FALLOC_FL_KEEP_SIZE | (
+                        FALLOC_FL_PUNCH_HOLE if detour.stage == PUNCH_HOLE
+                        else FALLOC_FL_ZERO_RANGE),
+                    detour.offset, detour.size)
+        else:
+            if unlikely(detour != NULL):
+                offset = detour.offset
+                iov = detour.iov
+                count = detour.count
+                if detour.stage == WRITE_ZEROS:
+                    iov = detour.pieces
+                    count = self.point_at_zeros(detour)
+                elif detour.stage != CONTINUE:
+                    iov = detour.pieces
+                    iov.iov_base = detour.buffer + detour.moved
+                    iov.iov_len = detour.length - detour.moved
+                    offset = detour.start + detour.moved
+                    count = 1
+                    reads = reads or detour.stage == MERGE
+            if count == 1:
+                if reads:
+                    io_uring_prep_read(entry, 0, iov.iov_base,
+                                       <unsigned int>min(iov.iov_len, <size_t>PIECE_MAX), offset)
+                else:
+                    io_uring_prep_write(entry, 0, iov.iov_base,
+                                        <unsigned int>min(iov.iov_len, <size_t>PIECE_MAX), offset)
+            elif reads:
+                io_uring_prep_readv(entry, 0, iov, min(count, <int32_t>IOV_MAX), offset)
+            else:
+                io_uring_prep_writev(entry, 0, iov, min(count, <int32_t>IOV_MAX), offset)
+        entry.flags = IOSQE_FIXED_FILE | (IOSQE_ASYNC if unlikely(forced) else 0)
+        entry.user_data = <uint64_t>request
+
+    cdef int32_t point_at_zeros(self, Detour *detour) noexcept nogil:
+        cdef uint64_t left = detour.size
+        cdef int32_t i
+        for i in range(ZERO_PIECES):
+            detour.pieces[i].iov_base = zeros
+            detour.pieces[i].iov_len = min(left, <uint64_t>ZEROS)
+            left -= detour.pieces[i].iov_len
+            if left == 0:
+                return i + 1
+        return ZERO_PIECES
+
+    cdef bint came_back(self, Request *request, int32_t got) noexcept nogil:
+        """An entry is done; False: the request goes on with another."""
+        cdef Shared *shared = self.shared
+        cdef Detour *detour = <Detour *>request.home
+        if got == -EAGAIN or got == -EINTR:
+            return self.go_on(request)
+        if request.op == Op.FLUSH:
+            if got < 0:
+                # Dirty pages may be dropped after the first failure: a later success
+                # would be a lie about them.
+                shared.flush_error = got
+            request.result = shared.flush_error
+            return True
+        if detour != NULL and DISCARD_BLOCKS <= detour.stage < WRITE_ZEROS:
+            if not unsupported(got):
+                return self.end(request, got)
+            if got != -EINVAL:
+                if detour.stage == DISCARD_BLOCKS:
+                    shared.no_discard = True
+                elif detour.stage == PUNCH_HOLE:
+                    shared.no_punch = True
+                else:
+                    shared.no_zero_range = True
+            detour.stage = self.next_way(request, detour.stage)
+            return self.end(request, 0) if detour.stage == 0 else self.go_on(request)
+        if shared.direct and got > 0:
+            got -= got % <int32_t>shared.offset_alignment
+        if got <= 0:        # 0: the file has become shorter
+            return self.end(request, got if got < 0 else -EIO)
+        if detour == NULL:
+            detour = <Detour *>calloc(1, sizeof(Detour))
+            if detour == NULL:
+                return self.end(request, -ENOMEM)
+            request.home = detour
+            detour.offset = request.offset
+            detour.size = request.size
+            detour.iov = request.iov
+            detour.count = request.iov_count
+        if detour.stage == CONTINUE:
+            step(detour, min(<uint64_t>got, detour.size))
+        elif detour.stage == WRITE_ZEROS:
+            got = min(<uint64_t>got, detour.size)
+            detour.offset += <uint64_t>got
+            detour.size -= <uint64_t>got
+        elif not self.bounced(request, detour, <uint64_t>got):
+            return self.go_on(request)
+        return self.end(request, 0) if detour.size == 0 else self.go_on(request)
+
+    cdef bint bounced(self, Request *request, Detour *detour, uint64_t got) noexcept nogil:
+        """Some of the buffer was moved; False: there is more to do with it as it is."""
+        cdef uint64_t part
+        detour.moved += got
+        if detour.moved < detour.length:
+            return False
+        if detour.stage == MERGE:
+            fill_bounce(request, detour)
+            detour.stage = BOUNCE
+            detour.moved = 0
+            return False
+        part = bounce_part(detour)
+        if request.op == Op.READ:
+            copy_part(request, detour.offset - request.offset,
+                      detour.buffer + (detour.offset - detour.start), part, True)
+        detour.offset += part
+        detour.size -= part
+        if detour.size > 0:
+            next_bounce(request, detour, self.shared.offset_alignment)
+        return True
+
+    cdef bint go_on(self, Request *request) noexcept nogil:
+        request.next = self.again
+        self.again = request
+        return False
+
+    cdef bint end(self, Request *request, int result) noexcept nogil:
+        request.result = result
+        self.leave(request)
+        return True
+
+    cdef void end_here(self, Request *request, int result) noexcept nogil:
+        request.result = result
+        request.next = self.ready
+        self.ready = request
+
+    cdef void leave(self, Request *request) noexcept nogil:
+        """Gives back all that the request had, and its list as it was."""
+        cdef Detour *detour = <Detour *>request.home
+        if detour == NULL:
+            return
+        request.home = NULL
+        if detour.cut_at != NULL:
+            detour.cut_at[0] = detour.cut
+        if detour.writes:
+            atomic_add_i64(&self.shared.writers, -1)
+        if detour.alone:
+            atomic_add_i64(&self.shared.alone, -1)
+        if detour.bounces:
+            self.bounces -= 1
+            free(detour.buffer)
+        free(detour)
