@@ -1,7 +1,6 @@
-"""A disk image, opened: the file or block device that a storage works on.
+"""A disk image, opened and locked: the file or block device that a storage works on.
 
-Knows how an image is opened, how large it is and how O_DIRECT wants its transfers aligned;
-knows no request.
+Knows how large it is and how O_DIRECT wants its transfers aligned; knows no request.
 """
 
 import errno
@@ -12,6 +11,7 @@ import stat
 from dataclasses import dataclass
 
 from vhostpy.backends.storage._storage import check_block_size
+from vhostpy.backends.storage.lock import lock_image
 from vhostpy.errors import ConfigError
 
 log = logging.getLogger("vhostpy")
@@ -61,6 +61,9 @@ def open_image(
     fd = _open(path, read_only, direct)
     try:
         size, is_device = _size(fd, path)
+        lock_image(fd, path, read_only=read_only)
+        if not is_device:
+            size = os.fstat(fd).st_size  # whoever had it may have changed it
         image = Image(path, fd, size, block_size, is_device, read_only)
         if direct:
             image.offset_alignment, image.memory_alignment = _alignment(fd, path)

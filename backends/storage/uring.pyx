@@ -21,7 +21,7 @@ from posix.uio cimport iovec
 from posix.unistd cimport close
 
 from vhostpy._hw cimport (
-    atomic_add_i64, fence_full, likely, read_once_u32, store_release_u32, unlikely,
+    atomic_add_i64, fence_full, likely, read_once_u32, unlikely,
 )
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
 

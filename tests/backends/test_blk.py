@@ -517,9 +517,10 @@ def test_each_feature_comes_with_a_config_value_that_makes_sense(tmp_path):
     for storage, options in [
         (NullStorage(1 << 40), {}),
         (RamStorage(SIZE), {"queues": 1}),
-        (FileStorage(path), {"block_size": 4096, "read_only": True}),
+        (FileStorage(path, read_only=True), {"block_size": 4096, "read_only": True}),
         (FileStorage(path, read_only=True), {}),
-        (FileStorage(path, block_size=4096), {"queues": 256}),
+        (FileStorage(path, read_only=True, block_size=4096), {"queues": 256}),
+        (FileStorage(image(tmp_path / "other.img")), {}),
     ]:
         disk = Disk("vb0", storage, workers, **options)
         config = config_of(disk)

@@ -1,0 +1,206 @@
+"""The lock on an image, against ourselves, QEMU's tools, and the dead."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.peers.peers import PeerMissing, system, trixie
+from vhostpy.backends.storage import lock
+from vhostpy.backends.storage.file import FileStorage
+from vhostpy.backends.storage.uring import UringStorage
+from vhostpy.errors import ConfigError
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    return str(path)
+
+
+@pytest.fixture
+def no_grace(monkeypatch):
+    monkeypatch.setattr(lock, "GRACE_S", 0.0)
+
+
+HOLD = """
+import sys, time
+from vhostpy.backends.storage.file import FileStorage
+storage = FileStorage(sys.argv[1], read_only=sys.argv[2] == "ro")
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def holding(path, access="rw"):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path, access], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+@pytest.mark.parametrize("kind", [FileStorage, UringStorage])
+def test_a_second_writer_is_refused_and_told_who_has_it(path, kind, no_grace):
+    with holding(path) as process:
+        for read_only in (False, True):
+            with pytest.raises(ConfigError, match=rf"in use by python\S* \(pid {process.pid}\)"):
+                kind(path, read_only=read_only)
+        process.kill()
+    kind(path).close()  # and free again
+
+
+def test_readers_share_an_image_and_keep_writers_out(path, no_grace):
+    with holding(path, "ro") as process:
+        storage = FileStorage(path, read_only=True)
+        with pytest.raises(ConfigError, match="in use by"):
+            FileStorage(path)
+        storage.close()
+        process.kill()
+
+
+def test_the_same_process_is_refused_too(path, no_grace):
+    storage = FileStorage(path)
+    with pytest.raises(ConfigError, match="in use by this process"):
+        FileStorage(path)
+    storage.close()
+    FileStorage(path).close()
+
+
+def test_a_refused_attempt_leaves_no_lock_and_no_fd(path, no_grace):
+    fds = os.listdir("/proc/self/fd")
+    with holding(path, "ro") as process:
+        with pytest.raises(ConfigError):
+            FileStorage(path)
+        assert os.listdir("/proc/self/fd") != fds  # the pipe
+        # A writer's byte 101 would keep this one out.
+        FileStorage(path, read_only=True).close()
+        process.kill()
+    assert len(os.listdir("/proc/self/fd")) == len(fds)
+
+
+def test_what_ends_soon_is_waited_for(path):
+    with holding(path) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        FileStorage(path).close()
+
+
+# Somebody who cannot be seen holds it: as the kernel does for a process that was killed.
+
+
+def test_the_dead_are_waited_for_with_progress(path, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "_holder", lambda fd: "")
+    fd = os.open(path, os.O_RDWR)
+    lock._lock(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, lock.UNSHARED + lock.WRITE)
+    naps = []
+
+    def nap(time_s):
+        naps.append(time_s)
+        if len(naps) == 3:
+            os.close(fd)
+
+    monkeypatch.setattr(lock.time, "sleep", nap)
+    FileStorage(path).close()
+    assert len(naps) == 3
+    assert "waiting 30 s more at most" in caplog.text
+
+
+def test_the_wait_ends(path, monkeypatch):
+    monkeypatch.setattr(lock, "_holder", lambda fd: "")
+    monkeypatch.setattr(lock, "WAIT_S", 0.1)
+    storage = FileStorage(path)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match="which cannot be seen from here"):
+        FileStorage(path)
+    assert time.monotonic() - started >= 0.1
+    storage.close()
+
+
+def test_a_killed_process_that_still_shows_is_no_living_holder(path):
+    with holding(path) as process:
+        fd = os.open(path, os.O_RDONLY)
+        assert str(process.pid) in lock._holder(fd)
+        assert not lock._is_dying(str(process.pid))
+        process.kill()
+        process.wait()
+        assert lock._holder(fd) == ""
+        os.close(fd)
+
+
+def test_a_file_system_without_locks_is_served_with_a_warning(path, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock, "_lock", refuse)
+    FileStorage(path).close()
+    assert "nothing keeps a second process from it" in caplog.text
+
+
+# QEMU's own ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["trixie", "system"])
+def qemu(request):
+    find = trixie if request.param == "trixie" else system
+
+    def program(name):
+        try:
+            return find(name)
+        except PeerMissing as error:
+            pytest.skip(str(error))
+
+    return program
+
+
+def qemu_img(qemu, *words):
+    program = qemu("qemu-img")
+    return subprocess.run(
+        [*program.argv, *words], env=program.env(), capture_output=True, text=True, timeout=60
+    )
+
+
+def test_qemu_img_refuses_what_we_write(path, qemu):
+    storage = UringStorage(path)
+    for command in (
+        ["resize", "-f", "raw", path, "2M"],
+        ["bench", "-w", "-f", "raw", "-c", "1", path],
+    ):
+        refused = qemu_img(qemu, *command)
+        assert refused.returncode != 0 and "Failed to get" in refused.stderr, command
+    storage.close()
+    assert qemu_img(qemu, "resize", "-f", "raw", path, "2M").returncode == 0
+
+
+def test_qemu_img_reads_what_we_read(path, qemu):
+    storage = UringStorage(path, read_only=True)
+    assert qemu_img(qemu, "bench", "-f", "raw", "-c", "1", path).returncode == 0
+    assert qemu_img(qemu, "bench", "-w", "-f", "raw", "-c", "1", path).returncode != 0
+    storage.close()
+
+
+def test_we_refuse_what_qemu_writes(path, qemu, tmp_path, no_grace):
+    program = qemu("qemu-storage-daemon")
+    socket = tmp_path / "nbd"
+    command = [
+        *program.argv, "--blockdev", f"driver=file,node-name=disk,filename={path}",
+        "--nbd-server", f"addr.type=unix,addr.path={socket}",
+        "--export", "type=nbd,id=e,node-name=disk,writable=on",
+    ]  # fmt: skip
+    with subprocess.Popen(command, env=program.env()) as process:
+        deadline = time.monotonic() + 30
+        while not socket.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        for read_only in (False, True):
+            with pytest.raises(ConfigError, match=rf"in use by \S+ \(pid {process.pid}\)"):
+                UringStorage(path, read_only=read_only)
+        process.kill()
+    UringStorage(path).close()
