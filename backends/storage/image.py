@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass
 
 from vhostpy.backends.storage._storage import check_block_size
-from vhostpy.backends.storage.lock import lock_image
+from vhostpy.backends.storage.lock import lock_image, unlock_image
 from vhostpy.errors import ConfigError
 
 log = logging.getLogger("vhostpy")
@@ -21,7 +21,7 @@ ALIGNMENT_MAX = 4096  # page size: no kernel asks for more
 
 @dataclass(slots=True)
 class Image:
-    """An open image; `close()` is whoever opened it."""
+    """An open image; whoever opened it closes it."""
 
     path: str
     fd: int
@@ -41,10 +41,12 @@ class Image:
     def name(self) -> str:
         return f"{'device' if self.is_device else 'file'} {self.path}"
 
-    def close(self) -> None:
-        """Closes the file; idempotent."""
+    def close(self, *, idle: bool = True) -> None:
+        """Closes the file; idempotent. Not `idle`: requests hang, and keep the lock."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            if idle:
+                unlock_image(fd)
             os.close(fd)
 
 

@@ -62,6 +62,13 @@ def lock_image(fd: int, path: str, *, read_only: bool) -> None:
         pause_s = min(2 * pause_s, 0.25)
 
 
+def unlock_image(fd: int) -> None:
+    """Gives the locks back at once: what else has the open file may let it go later."""
+    whole = LOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, USED, 2 * (UNSHARED - USED), 0)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
+
+
 def _try_lock(fd: int, path: str, used: list[int], unshared: list[int]) -> bool:
     """Takes all locks or none. Those that come later see ours, so look after taking."""
     ours = [USED + n for n in used] + [UNSHARED + n for n in unshared]

@@ -12,6 +12,7 @@ import pytest
 
 from tests.peers.peers import PeerMissing, system, trixie
 from vhostpy.backends.storage import lock
+from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.uring import UringStorage
 from vhostpy.errors import ConfigError
@@ -85,6 +86,19 @@ def test_a_refused_attempt_leaves_no_lock_and_no_fd(path, no_grace):
         FileStorage(path, read_only=True).close()
         process.kill()
     assert len(os.listdir("/proc/self/fd")) == len(fds)
+
+
+def test_a_closed_storage_is_free_at_once(path):
+    # The kernel takes a ring apart when it has time; QEMU does not wait for that.
+    for _ in range(20):
+        storage = UringStorage(path)
+        channel = storage.channel()
+        assert channel.run(Op.WRITE, 0, 512, b"x" * 512)[0] == 0
+        channel.close()
+        storage.close()
+        fd = os.open(path, os.O_RDWR)
+        assert lock._try_lock(fd, path, [lock.CONSISTENT_READ, lock.WRITE], [lock.WRITE])
+        os.close(fd)
 
 
 def test_what_ends_soon_is_waited_for(path):

@@ -1,14 +1,18 @@
 """Each storage against a bytearray, and what goes wrong with files."""
 
+import atexit
 import errno
 import logging
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -50,6 +54,15 @@ def opened_gate():
     return storage
 
 
+def in_memory(tmp):
+    """Where there is a tmpfs; the test's own directory has a link to it."""
+    shm = tempfile.mkdtemp(dir="/dev/shm")
+    atexit.register(shutil.rmtree, shm, ignore_errors=True)
+    (tmp / "disk.img").unlink(missing_ok=True)
+    (tmp / "disk.img").symlink_to(image(Path(shm) / "disk.img"))
+    return str(tmp / "disk.img")
+
+
 def uring(**options):
     return lambda tmp: UringStorage(image(tmp / "disk.img"), **options)
 
@@ -59,6 +72,7 @@ STORAGES = {
     "file": lambda tmp: FileStorage(image(tmp / "disk.img")),
     "gate": lambda tmp: opened_gate(),
     "uring": uring(),
+    "uring, in memory": lambda tmp: UringStorage(in_memory(tmp)),
     "uring as before Linux 6.1": uring(setup=1),
     "uring as before Linux 5.19": uring(setup=2),
     "uring, O_DIRECT": uring(direct=True),
