@@ -295,10 +295,12 @@ cdef class FileStorage(Storage):
         self.threads = []
         self.lock = threading.Lock()
 
-    def __init__(self, path: str, read_only: bool = False, block_size: int = 512) -> None:
+    def __init__(self, path: str, read_only: bool = False, block_size: int = 512,
+                 share_rw: bool = False) -> None:
         if self.pool != NULL:
             raise TypeError("made already")
-        self.image = open_image(path, read_only=read_only, block_size=block_size)
+        self.image = open_image(path, read_only=read_only, block_size=block_size,
+                                share_rw=share_rw)
         self.pool = <Pool *>calloc(1, sizeof(Pool))
         if self.pool == NULL:
             self.image.close()

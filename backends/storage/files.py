@@ -10,7 +10,12 @@ log = logging.getLogger("vhostpy")
 
 
 def open_file(
-    path: str, *, read_only: bool = False, block_size: int = 512, direct: bool = False
+    path: str,
+    *,
+    read_only: bool = False,
+    block_size: int = 512,
+    direct: bool = False,
+    share_rw: bool = False,
 ) -> Storage:
     """The image at `path`. Raises ConfigError where it cannot be served."""
     try:
@@ -20,12 +25,12 @@ def open_file(
         hint = "install liburing's headers (Debian: liburing-dev) and build it again"
     else:
         try:
-            return UringStorage(path, read_only, block_size, direct)
+            return UringStorage(path, read_only, block_size, direct, share_rw)
         except UringUnavailable as error:
             why = f"io_uring: {str(error).lower()}"
             hint = "see the sysctl kernel.io_uring_disabled, or a container's seccomp profile"
     if direct:
         raise ConfigError(f"{path}: O_DIRECT needs io_uring; {why}", f"{hint}; or leave --direct")
-    storage = FileStorage(path, read_only, block_size)
+    storage = FileStorage(path, read_only, block_size, share_rw)
     log.warning("%s: served by threads, which is slower: %s\n  next: %s", path, why, hint)
     return storage

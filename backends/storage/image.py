@@ -56,6 +56,7 @@ def open_image(
     read_only: bool = False,
     block_size: int = 512,
     direct: bool = False,
+    share_rw: bool = False,
 ) -> Image:
     """Opens the image at `path`; raises ConfigError that says what to do."""
     path = os.fspath(path)
@@ -63,7 +64,7 @@ def open_image(
     fd = _open(path, read_only, direct)
     try:
         size, is_device = _size(fd, path)
-        lock_image(fd, path, read_only=read_only)
+        lock_image(fd, path, read_only=read_only, share_rw=share_rw)
         if not is_device:
             size = os.fstat(fd).st_size  # whoever had it may have changed it
         image = Image(path, fd, size, block_size, is_device, read_only)

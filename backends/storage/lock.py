@@ -32,13 +32,14 @@ PF_EXITING = 4  # proc(5), /proc/pid/stat, field 9
 SIGKILL_PENDING = 1 << 8
 
 
-def lock_image(fd: int, path: str, *, read_only: bool) -> None:
+def lock_image(fd: int, path: str, *, read_only: bool, share_rw: bool = False) -> None:
     """Locks the image for the life of `fd`. Raises ConfigError where others have it.
 
-    Many may read; a writer is alone. Waits while the lock's holder is dying.
+    Many may read; a writer is alone, unless all say `share_rw`, as both ends of a live
+    migration do. Waits while the lock's holder is dying.
     """
     used = [CONSISTENT_READ] if read_only else [CONSISTENT_READ, WRITE]
-    unshared = [WRITE, RESIZE]
+    unshared = [RESIZE] if share_rw else [WRITE, RESIZE]
     started = time.monotonic()
     progress_s = 0.0  # when to speak next
     pause_s = 0.02
@@ -48,7 +49,8 @@ def lock_image(fd: int, path: str, *, read_only: bool) -> None:
         if waited_s >= (GRACE_S if holder else WAIT_S):
             raise ConfigError(
                 f"{path}: in use by {holder or 'another process, which cannot be seen from here'}",
-                "an image has one writer, or readers only; see who holds it: lslocks, lsof",
+                "an image has one writer, or readers only; see who holds it: lslocks, lsof; both "
+                "ends of a live migration need --share-rw",
             )
         if not holder and waited_s >= progress_s:
             progress_s += PROGRESS_S

@@ -68,6 +68,14 @@ def test_readers_share_an_image_and_keep_writers_out(path, no_grace):
         process.kill()
 
 
+def test_both_ends_of_a_migration_share_an_image_and_nobody_else(path, no_grace):
+    here, there = (FileStorage(path, share_rw=True) for _ in range(2))
+    with pytest.raises(ConfigError, match="--share-rw"):
+        FileStorage(path)
+    here.close()
+    there.close()
+
+
 def test_the_same_process_is_refused_too(path, no_grace):
     storage = FileStorage(path)
     with pytest.raises(ConfigError, match="in use by this process"):

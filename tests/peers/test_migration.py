@@ -86,7 +86,8 @@ def test_guest_moves_while_it_writes_to_our_disk(directory: Path) -> None:
             (here / name).mkdir()
             socket = here / name / "vb0"
             stack.enter_context(
-                Backend("blk", "--socket", socket, "--file", image, directory=here / name))
+                Backend(
+                "blk", "--socket", socket, "--file", image, "--share-rw", directory=here / name))
             guests.append(Guest(name, here / name, drives=[Drive(socket)]))
         source, target = guests
         for guest in guests:

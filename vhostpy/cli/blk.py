@@ -47,6 +47,8 @@ def main(arguments: list[str], program: str) -> int:
         parser.error("--null has no contents to protect\nleave --read-only")
     if options.direct and options.file is None:
         parser.error("--direct is for --file\nleave it")
+    if options.share_rw and options.file is None:
+        parser.error("--share-rw is for --file\nleave it")
     size = options.ram or options.null or 0
     if size % options.block_size:
         whole = -(-size // options.block_size) * options.block_size
@@ -81,6 +83,11 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--direct", action="store_true",
         help="--file past this machine's page cache (O_DIRECT): steady on a fast disk",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share-rw", action="store_true",
+        help="--file may be open for writing elsewhere with this flag, too: for both ends of a "
+        "live migration",
     )  # fmt: skip
     parser.add_argument(
         "--serial", type=_serial, default="", action=Once,
@@ -137,6 +144,7 @@ def _open_storage(options: argparse.Namespace) -> Any:
             read_only=options.read_only,
             block_size=options.block_size,
             direct=options.direct,
+            share_rw=options.share_rw,
         )
     if options.ram is not None:
         from vhostpy.backends.storage.ram import RamStorage
