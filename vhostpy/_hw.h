@@ -80,7 +80,16 @@ static inline void spin_unlock(uint32_t *lock)
 { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
 
 static inline void prefetch_read(const void *p) { __builtin_prefetch(p, 0, 3); }
-static inline void prefetch_write(const void *p) { __builtin_prefetch(p, 1, 3); }
+/* Fetches a line to own it. The builtin only reads it below -mprfchw: a store then waits
+ * for the other processor once more. Processors that do not know the instruction skip it. */
+static inline void prefetch_write(const void *p)
+{
+#if defined(__x86_64__)
+    __asm__ __volatile__("prefetchw %0" :: "m"(*(const char *)p));
+#else
+    __builtin_prefetch(p, 1, 3);
+#endif
+}
 
 static inline uint64_t clock_ns(void)
 {
