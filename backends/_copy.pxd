@@ -41,7 +41,8 @@ cdef inline void copy_rest(uint8_t *to, const uint8_t *source, uint32_t length) 
         to += 32
         source += 32
         length -= 32
-    memcpy(to, source, length)
+    if length:               # none of a frame of 64 bytes
+        memcpy(to, source, length)
 
 
 cdef inline void copy_to(Cursor *cursor, const uint8_t *source, uint32_t length) noexcept nogil:

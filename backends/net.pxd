@@ -25,15 +25,14 @@ cdef class NetPort(Port):
     cdef readonly bint mergeable
     cdef bint shared                 # several workers can reach a receive queue: lock it
 
-    cdef void view(self, Chain *chain, Frame *frame, bint enabled) noexcept nogil
     cdef int receiving_pair(self, int queue) noexcept nogil
     cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil
+    cdef int place_whole(self, Pair *pair, Frame **frames, int count) noexcept nogil
     cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil
     cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil
     cdef void give_up(self, Pair *pair, int count) noexcept nogil
     cdef int nothing_more(self, Pair *pair, int count) noexcept nogil
     cdef int pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil
-    cdef void write_whole(self, uint8_t *to, const Frame *frame) noexcept nogil
     cdef void write(self, Pair *pair, const Frame *frame, int chains) noexcept nogil
     cdef void log(self, Pair *pair, int chains) noexcept nogil
     cdef dict pair_counters(self, int index)

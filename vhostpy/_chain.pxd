@@ -115,7 +115,8 @@ cdef inline bint take_plain(Ring *ring, Chain *chain, Segment *out, uint64_t gpa
         chain.readable_bytes = 0
         chain.writable_bytes = length
     else:
-        prefetch_read(hva)       # 5-10 cycles a packet at 64 B
+        # 5-10 cycles a packet at 64 B; the header's line instead of the frame's: 50 more.
+        prefetch_read(hva + ring.control.lead)
         chain.readable = 1
         chain.writable = 0
         chain.readable_bytes = length

@@ -45,7 +45,8 @@ cdef struct ControlSide:
     uint8_t event_idx
     uint8_t indirect
     uint8_t log_used        # what we write to the ring is logged, at the addresses below
-    uint8_t unused[7]
+    uint8_t lead            # of each chain: not read by the device, so prefetch what follows
+    uint8_t unused[6]
 
 cdef struct LoggedRange:
     uint64_t gpa

@@ -4,7 +4,7 @@ Callers move bursts of chains; they find all they need here. How a ring is laid 
 known to `_split`, how a chain is checked to `_chain`.
 """
 cimport cython
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from vhostpy._chain cimport (
     BURST, CHAIN_BAD_INDEX, CHAIN_BAD_INDIRECT, CHAIN_BAD_ORDER, CHAIN_FAULTS, CHAIN_OK,
     CHAIN_TOO_LONG, CHAIN_TOO_MANY_SEGMENTS, CHAIN_UNMAPPED, CHAIN_ZERO_LENGTH, RING_BROKEN,
@@ -42,6 +42,8 @@ cdef class Virtqueue:
     # Guest memory was written there: to be logged before the next publish().
     cdef bint logging(self) noexcept nogil             # False: log_written() need not be called
     cdef uint32_t size(self) noexcept nogil
+    cdef void set_lead(self, uint8_t length) noexcept nogil
+    # The first bytes of a chain that its owner does not read: pop() prefetches what follows.
     cdef bint arm(self) noexcept nogil
     # Asks the driver for kicks; True when chains are already there (do not sleep).
     cdef void disarm(self) noexcept nogil

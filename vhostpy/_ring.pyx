@@ -154,6 +154,9 @@ cdef class Virtqueue:
     cdef uint32_t size(self) noexcept nogil:
         return self.ring.control.size
 
+    cdef void set_lead(self, uint8_t length) noexcept nogil:
+        self.ring.control.lead = length
+
     cdef bint arm(self) noexcept nogil:
         return packed_arm(self.ring) if self.ring.control.packed else split_arm(self.ring)
 

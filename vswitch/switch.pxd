@@ -62,13 +62,16 @@ cdef class Forwarder(Pollable):
     cdef Frame *burst
     cdef int places[BURST]   # where frames go: a place in the table, or a Verdict
     cdef Frame *group[BURST]
-    cdef uint64_t group_mask
+    cdef uint64_t group_mask # frames that go where the group goes; those that are in it
+    cdef uint64_t taken_mask
+    cdef int64_t group_bytes
     cdef uint64_t floods
     cdef uint64_t unicasts
     cdef uint64_t refused    # found their receivers full in this turn
     cdef Scratch scratch     # for turn() only
 
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil
+    cdef bint is_cached(self, const Frame *frame) noexcept nogil
     cdef int verdict(self, PortTable *table, Frame *frame) noexcept nogil
     cdef int look_up(self, PortTable *table, const Frame *frame) noexcept nogil
     cdef void flood(self, PortTable *table, Turn *turn) noexcept nogil

@@ -120,8 +120,10 @@ cdef class Forwarder(Pollable):
             i = lowest_bit(todo)
             bit = ONE << i
             todo &= todo - 1
+            if likely(self.is_cached(&self.burst[i]) and not self.flooding & bit):
+                place = self.cached_place
             # What some ports have already is flooded on, whatever was learned since.
-            if unlikely(self.flooding & bit and not self.burst[i].fault):
+            elif self.flooding & bit and not self.burst[i].fault:
                 place = FLOOD
             else:
                 place = self.verdict(table, &self.burst[i])
@@ -139,17 +141,17 @@ cdef class Forwarder(Pollable):
                 if dropped[i]:
                     self.port.count_drop(self.queue, i, dropped[i])
 
+    cdef bint is_cached(self, const Frame *frame) noexcept nogil:
+        # Destination and source: the first 12 bytes of the snapshot.
+        return ((<const uint64_t *>frame.head)[0] == self.cached_pair[0]
+                and (<const uint32_t *>frame.head)[2] == self.cached_pair[1]
+                and self.cached_place >= 0 and not frame.fault)
+
     cdef int verdict(self, PortTable *table, Frame *frame) noexcept nogil:
         """A place in the table, or a Verdict; learns the source."""
-        # Destination and source: the first 12 bytes of the snapshot.
-        cdef uint64_t first = (<uint64_t *>frame.head)[0]
-        cdef uint64_t second = (<uint32_t *>frame.head)[2]
         cdef int place
         if unlikely(frame.fault):
             return DROPPED - (<int>frame.fault - 1)
-        if likely(self.cached_place >= 0 and first == self.cached_pair[0]
-                  and second == self.cached_pair[1]):
-            return self.cached_place
         if frame.head[6] & 1:
             return DROPPED - Drop.DROP_BAD_SOURCE
         self.switch.fdb.learn(fdb_key(0, frame.head + 6), self.port.index)
@@ -157,8 +159,8 @@ cdef class Forwarder(Pollable):
             return DROPPED - Drop.DROP_NO_DESTINATION
         place = self.look_up(table, frame)
         if place >= 0:
-            self.cached_pair[0] = first
-            self.cached_pair[1] = second
+            self.cached_pair[0] = (<uint64_t *>frame.head)[0]
+            self.cached_pair[1] = (<uint32_t *>frame.head)[2]
             self.cached_place = place
         return place
 
@@ -248,6 +250,7 @@ cdef class Forwarder(Pollable):
         cdef int64_t size = turn.bytes
         cdef int count = 0, i
         self.group_mask = 0
+        self.taken_mask = 0
         while todo:
             i = lowest_bit(todo)
             todo &= todo - 1
@@ -255,10 +258,12 @@ cdef class Forwarder(Pollable):
                 continue
             self.group_mask |= ONE << i
             if frames > 0 and size > 0:
+                self.taken_mask |= ONE << i
                 self.group[count] = &self.burst[i]
                 count += 1
                 frames -= 1
                 size -= self.burst[i].length
+        self.group_bytes = turn.bytes - size
         return count
 
     cdef void transmit(self, Place *place, int count, Turn *turn) noexcept nogil:
@@ -269,13 +274,15 @@ cdef class Forwarder(Pollable):
         cdef int i, dropped = 0
         cdef uint64_t bit
         turn.frames -= taken
-        for i in range(taken):
-            turn.bytes -= self.group[i].length
-            self.done |= ONE << (self.group[i] - self.burst)
         if likely(taken == count):
+            turn.bytes -= self.group_bytes
+            self.done |= self.taken_mask
             if full_since:
                 write_once_u64(&place.full_since, 0)
             return
+        for i in range(taken):
+            turn.bytes -= self.group[i].length
+            self.done |= ONE << (self.group[i] - self.burst)
         if taken > 0 or full_since == 0:
             full_since = now
             write_once_u64(&place.full_since, now)
