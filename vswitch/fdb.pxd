@@ -4,14 +4,28 @@ Knows keys and port numbers; knows no frame, port object or ring.
 """
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 
+from libc.string cimport memcpy
+
+cdef extern from "<arpa/inet.h>" nogil:
+    uint32_t ntohl(uint32_t)
+    uint16_t ntohs(uint16_t)
+
 cdef enum:
     FDB_UNKNOWN = -1
     FDB_PORTS_MAX = 4096   # port numbers are below this
 
 cdef inline uint64_t fdb_key(uint16_t vlan, const uint8_t *mac) noexcept nogil:
     # 12 bits of VLAN id, 48 of MAC (network order, first byte highest).
-    return (<uint64_t>(vlan & 0xfff) << 48 | <uint64_t>mac[0] << 40 | <uint64_t>mac[1] << 32
-            | <uint64_t>mac[2] << 24 | <uint64_t>mac[3] << 16 | <uint64_t>mac[4] << 8 | mac[5])
+    cdef uint32_t high
+    cdef uint16_t low
+    memcpy(&high, mac, 4)
+    memcpy(&low, mac + 4, 2)
+    return <uint64_t>(vlan & 0xfff) << 48 | <uint64_t>ntohl(high) << 16 | ntohs(low)
+
+cdef struct Address:
+    # A key and where the table looks for it: hashed once, when its buckets are prefetched.
+    uint64_t key
+    uint64_t hash
 
 cdef struct Entry          # private to fdb.pyx
 
@@ -31,13 +45,15 @@ cdef class ForwardingTable:
     cdef uint32_t ports_in_use   # that have entries
     cdef readonly uint64_t learned, moved, aged, refused, evicted
 
-    cdef int lookup(self, uint64_t key) noexcept nogil
-    # The port behind a key, or FDB_UNKNOWN (also when the entry has aged out).
-    cdef void learn(self, uint64_t key, int port) noexcept nogil
+    cdef void prepare(self, Address *address, uint64_t key) noexcept nogil
+    # Fills the address in, and fetches what lookup() and learn() will look at.
+    cdef int lookup(self, const Address *address) noexcept nogil
+    # The port behind it, or FDB_UNKNOWN (also when the entry has aged out).
+    cdef void learn(self, const Address *address, int port) noexcept nogil
     # Any worker, concurrently; cheap when nothing changes. Never a group address.
 
     cdef Entry *bucket(self, uint64_t key, int choice) noexcept nogil
-    cdef Entry *find(self, uint64_t key) noexcept nogil
+    cdef Entry *find(self, uint64_t key, uint64_t hash) noexcept nogil
     cdef Entry *place_for(self, uint64_t key) noexcept nogil
     cdef bint make_room(self, uint64_t key, int port, bint here) noexcept nogil
     cdef bint evict_from(self, Entry *bucket, uint32_t share) noexcept nogil

@@ -7,7 +7,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from vhostpy._port cimport Frame, Port
 from vhostpy._ring cimport BURST, Scratch
 from vhostpy.worker cimport Pollable, Turn, Workers
-from vhostpy.vswitch.fdb cimport ForwardingTable
+from vhostpy.vswitch.fdb cimport Address, ForwardingTable
 
 cdef struct Place:
     void *port             # borrowed Port; `Switch.attached` keeps it alive; NULL: a hole
@@ -57,10 +57,13 @@ cdef class Forwarder(Pollable):
     cdef uint64_t cached_pair[2]     # the first 12 bytes of its frame
     cdef uint64_t cached_changes
     cdef int cached_place
+    cdef int looked_up       # frames of the last burst that were not of that pair
 
     # Within a turn.
     cdef Frame *burst
     cdef int places[BURST]   # where frames go: a place in the table, or a Verdict
+    cdef Address destinations[BURST]
+    cdef Address sources[BURST]
     cdef Frame *group[BURST]
     cdef uint64_t group_mask # frames that go where the group goes; those that are in it
     cdef uint64_t taken_mask
@@ -72,8 +75,9 @@ cdef class Forwarder(Pollable):
 
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil
     cdef bint is_cached(self, const Frame *frame) noexcept nogil
-    cdef int verdict(self, PortTable *table, Frame *frame) noexcept nogil
-    cdef int look_up(self, PortTable *table, const Frame *frame) noexcept nogil
+    cdef void prepare(self, int i) noexcept nogil
+    cdef void prepare_all(self, uint64_t todo) noexcept nogil
+    cdef int verdict(self, PortTable *table, int i) noexcept nogil
     cdef void flood(self, PortTable *table, Turn *turn) noexcept nogil
     cdef void start_flood(self, Turn *turn) noexcept nogil
     cdef bint flood_on(self, PortTable *table, Turn *turn) noexcept nogil

@@ -22,7 +22,7 @@ from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_
 from vhostpy._port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
-from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key
+from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, Address, ForwardingTable, fdb_key
 from vhostpy.vswitch.injector cimport Injector
 from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn, Workers
 
@@ -39,6 +39,9 @@ cdef enum Verdict:
     # Where a frame goes, if not to a place in the table.
     FLOOD = -1
     DROPPED = -2           # DROPPED - reason, of Drop
+
+cdef enum:
+    SCATTERED = 8          # frames of a burst that the last burst's destination did not serve
 
 cdef uint64_t ONE = 1
 
@@ -112,10 +115,15 @@ cdef class Forwarder(Pollable):
         cdef uint64_t bit
         # Read before the table is: a change in between makes the next turn look again.
         cdef uint64_t changes = load_acquire_u64(&self.switch.fdb.changes)
+        cdef bint prepared = self.looked_up > SCATTERED
         if changes != self.cached_changes:
             self.cached_changes = changes
             self.cached_place = DROPPED
         memset(dropped, 0, sizeof(dropped))
+        # Where many talk to many, the table is not in the cache: 2 MB of it, at its largest.
+        if prepared:
+            self.prepare_all(todo)
+        self.looked_up = 0
         while todo:
             i = lowest_bit(todo)
             bit = ONE << i
@@ -126,7 +134,9 @@ cdef class Forwarder(Pollable):
             elif self.flooding & bit and not self.burst[i].fault:
                 place = FLOOD
             else:
-                place = self.verdict(table, &self.burst[i])
+                if not prepared:
+                    self.prepare(i)
+                place = self.verdict(table, i)
             self.places[i] = place
             if likely(place >= 0):
                 self.unicasts |= bit
@@ -141,38 +151,46 @@ cdef class Forwarder(Pollable):
                 if dropped[i]:
                     self.port.count_drop(self.queue, i, dropped[i])
 
+    cdef void prepare(self, int i) noexcept nogil:
+        self.switch.fdb.prepare(&self.destinations[i], fdb_key(0, self.burst[i].head))
+        self.switch.fdb.prepare(&self.sources[i], fdb_key(0, self.burst[i].head + 6))
+
+    cdef void prepare_all(self, uint64_t todo) noexcept nogil:
+        """What the table knows of these frames' addresses comes while others are looked at."""
+        cdef int i
+        while todo:
+            i = lowest_bit(todo)
+            todo &= todo - 1
+            self.prepare(i)
+
     cdef bint is_cached(self, const Frame *frame) noexcept nogil:
         # Destination and source: the first 12 bytes of the snapshot.
         return ((<const uint64_t *>frame.head)[0] == self.cached_pair[0]
                 and (<const uint32_t *>frame.head)[2] == self.cached_pair[1]
                 and self.cached_place >= 0 and not frame.fault)
 
-    cdef int verdict(self, PortTable *table, Frame *frame) noexcept nogil:
-        """A place in the table, or a Verdict; learns the source."""
+    cdef int verdict(self, PortTable *table, int i) noexcept nogil:
+        """A place in the table, or a Verdict, for a frame that is prepared; learns its source."""
+        cdef const Frame *frame = &self.burst[i]
         cdef int place
         if unlikely(frame.fault):
             return DROPPED - (<int>frame.fault - 1)
         if frame.head[6] & 1:
             return DROPPED - Drop.DROP_BAD_SOURCE
-        self.switch.fdb.learn(fdb_key(0, frame.head + 6), self.port.index)
+        self.looked_up += 1
+        self.switch.fdb.learn(&self.sources[i], self.port.index)
         if table.attached < 2:
             return DROPPED - Drop.DROP_NO_DESTINATION
-        place = self.look_up(table, frame)
-        if place >= 0:
-            self.cached_pair[0] = (<uint64_t *>frame.head)[0]
-            self.cached_pair[1] = (<uint32_t *>frame.head)[2]
-            self.cached_place = place
-        return place
-
-    cdef int look_up(self, PortTable *table, const Frame *frame) noexcept nogil:
-        cdef int place
         if frame.head[0] & 1:
             return FLOOD
-        place = self.switch.fdb.lookup(fdb_key(0, frame.head))
+        place = self.switch.fdb.lookup(&self.destinations[i])
         if place == FDB_UNKNOWN or place >= table.count or table.places[place].port == NULL:
             return FLOOD
         if place == self.port.index:
             return DROPPED - Drop.DROP_REFLECTED
+        self.cached_pair[0] = (<const uint64_t *>frame.head)[0]
+        self.cached_pair[1] = (<const uint32_t *>frame.head)[2]
+        self.cached_place = place
         return place
 
     # Floods -------------------------------------------------------------------------
