@@ -112,6 +112,17 @@ static inline uint64_t ticks(void)
 #endif
 }
 
+/* ticks() after all loads before it: by itself it may be read long before they are done. */
+static inline uint64_t ticks_after_loads(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_lfence();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("dsb ld\n\tisb" ::: "memory");
+#endif
+    return ticks();
+}
+
 /* Measures for about a millisecond; call once per process. */
 static inline double ticks_per_us(void)
 {

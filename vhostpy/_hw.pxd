@@ -30,4 +30,5 @@ cdef extern from "_hw.h" nogil:
     void prefetch_write(const void *)
     uint64_t clock_ns()
     uint64_t ticks()
+    uint64_t ticks_after_loads()
     double ticks_per_us()

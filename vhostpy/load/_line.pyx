@@ -1,14 +1,16 @@
 """What a cache line costs that another processor has just written: the limit of all copying.
 
-A frame of 64 bytes crosses in about three lines, one of 1500 in 24; no device can be faster
-than their sum. On virtual machines the cost changes with where the processors are put: it
+No device is faster than the lines that it must fetch; `bench/peers/lines.py` counts them for
+a frame. On virtual machines the cost changes with where the processors are put: it
 says which figures may be compared.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 from vhostpy._hw cimport (
-    cpu_pause, load_acquire_u32, read_once_u64, store_release_u32, ticks, write_once_u64,
+    cpu_pause, fence_full, load_acquire_u32, read_once_u64, store_release_u32, ticks,
+    ticks_after_loads, write_once_u64,
 )
 
 import os
@@ -28,16 +30,17 @@ cdef enum:
 
 
 cdef class Line:
-    """Lines that a writer fills and a reader reads, in turns."""
+    """Lines that a writer fills and a reader reads, or overwrites, in turns."""
     cdef uint8_t *lines
     cdef uint64_t *order           # lines as they are read
     cdef uint64_t *costs           # of each round, in ticks
     cdef uint32_t turn
     cdef bint dependent
+    cdef bint overwritten
 
-    def __cinit__(self, *, bint dependent=False, bint in_a_row=False):
+    def __cinit__(self, *, bint dependent=False, bint in_a_row=False, bint overwritten=False):
         cdef int i
-        self.dependent = dependent
+        self.dependent, self.overwritten = dependent, overwritten
         self.lines = <uint8_t *>aligned_alloc(LINE, LINES * LINE)
         self.order = <uint64_t *>calloc(LINES, sizeof(uint64_t))
         self.costs = <uint64_t *>calloc(ROUNDS, sizeof(uint64_t))
@@ -83,11 +86,18 @@ cdef class Line:
                 for _i in range(LINES):
                     at = read_once_u64(self.lines + at)
                 total += at
+            elif self.overwritten:
+                # All of each, as a copy does. They wait in the store buffer until the line is
+                # ours, and the fence for them.
+                for i in range(LINES):
+                    memcpy(self.lines + self.order[i] * LINE, self.order, LINE)
+                fence_full()
             else:
                 for i in range(LINES):
                     total += read_once_u64(self.lines + self.order[i] * LINE)
-            # The clock must not be read before the sum is there.
-            self.costs[i_round] = ticks() - start + (total & 0)
+            # As many loads as the processor holds at once would else not be counted: of 256
+            # that is half of them.
+            self.costs[i_round] = ticks_after_loads() - start
             store_release_u32(&self.turn, WRITER)
         store_release_u32(&self.turn, NOBODY)
         return total
@@ -117,10 +127,12 @@ cdef class Line:
 
 def line_cost(writer_cpu: int, reader_cpu: int) -> dict:
     """Ticks for a line of another processor: of many that lie in a row, as in a long frame;
-    of many that lie anywhere, as with short ones; and where each says where the next is."""
+    of many that lie anywhere, as with short ones; to overwrite those; and where each says
+    where the next is."""
     ways = {
         "line_ticks_in_a_row": Line(in_a_row=True),
         "line_ticks": Line(),
+        "line_ticks_overwritten": Line(overwritten=True),
         "line_ticks_dependent": Line(dependent=True),
     }
     return {name: line.run(writer_cpu, reader_cpu) for name, line in ways.items()}
