@@ -33,11 +33,12 @@ bench:          ## start-up time, idle CPU, memory, throughput
 	@$(call compile,release,)
 	@$(PYTEST) bench
 
-bench-peers:    ## vhostpy beside testpmd, OVS-DPDK, qemu-storage-daemon; 40 minutes
+bench-peers:    ## vhostpy beside testpmd, OVS-DPDK, qemu-storage-daemon, fio; over an hour
 	@tests/peers/install.sh build
 	@bench/peers/install.sh
 	@$(call compile,release,)
-	@$(PYTHON) -m bench.peers
+	@$(PYTHON) -m bench.peers --resume
+	@$(PYTHON) -m bench.peers --readme
 
 lint:           ## ruff, mypy, cython-lint
 	@tests/peers/install.sh build

@@ -6,20 +6,51 @@ import sys
 import time
 from pathlib import Path
 
-from bench.peers import blk, net
+from bench.peers import blk, net, readme
 from bench.peers.results import Results
 
 RESULTS = Path(__file__).parents[1] / "results"
+KINDS = {"net": net, "blk": blk}
 
 
 def main() -> None:
+    options = _options()
+    if options.readme:
+        text = readme.README.read_text()
+        readme.README.write_text(readme.update(text, RESULTS, readme.README.parent))
+        return
+    for program in ("dpdk-testpmd", "qemu-storage-daemon", "fio"):
+        if shutil.which(program) is None:
+            sys.exit(f"bench.peers: {program} is missing\n  next: bench/peers/install.sh")
+    whole = not (options.only or options.kind or options.devices)
+    folder = options.out or (RESULTS if whole or options.save or options.resume else None)
+    date = time.strftime("%Y-%m-%d")
+    for name, kind in KINDS.items():
+        if options.kind in (None, name):
+            results = Results(name, date, kind.CASES, folder)
+            if folder is not None:
+                results.resume()
+            cases = [
+                case for case in kind.CASES
+                if (not options.only or case.name in options.only)
+                and not (options.resume and results.has(case))
+            ]  # fmt: skip
+            if cases:
+                try:
+                    kind.run(cases, results, options)
+                finally:
+                    print(results.markdown())
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.peers", description="vhostpy beside its peers."
     )
-    names = [case.name for case in (*net.CASES, *blk.CASES)]
+    names = [case.name for kind in KINDS.values() for case in kind.CASES]
     parser.add_argument("--only", nargs="+", metavar="CASE", choices=names, help=", ".join(names))
-    parser.add_argument("--kind", choices=("net", "blk"))
-    parser.add_argument("--pairs", type=int, default=5, help="interleaved runs of each device")
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--pairs", type=int, help="interleaved runs of each device "
+                        "(default: 5, or what a case needs)")  # fmt: skip
     parser.add_argument("--seconds", type=int, default=3, help="measured time of a run, at least 2")
     parser.add_argument(
         "--retries", type=int, default=2,
@@ -27,32 +58,23 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--devices", nargs="+", help="only these, e.g. vhostpy ovs")
     parser.add_argument(
-        "--out", type=Path,
-        help="folder of the results (default: bench/results, of a whole run; else none)",
+        "--save", action="store_true",
+        help="a part goes into bench/results too, into the same files as others of the same day "
+        "and commit; a whole run always does",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="leave out what bench/results has of this day and commit, and save the rest",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="another folder than that")
+    parser.add_argument(
+        "--readme", action="store_true",
+        help="measure nothing: bring the README's figures up to the latest results",
     )  # fmt: skip
     options = parser.parse_args()
     if options.seconds < 2:
         parser.error("--seconds: at least 2")
-    for program in ("dpdk-testpmd", "qemu-storage-daemon"):
-        if shutil.which(program) is None:
-            sys.exit(f"bench.peers: {program} is missing\n  next: bench/peers/install.sh")
-    whole = not (options.only or options.kind or options.devices)
-    folder = options.out or (RESULTS if whole else None)
-    stamp = time.strftime("%Y-%m-%d")
-    for kind in (net, blk):
-        name = kind.__name__.rpartition(".")[2]
-        if options.kind not in (None, name):
-            continue
-        cases = [case for case in kind.CASES if not options.only or case.name in options.only]
-        if not cases:
-            continue
-        results = Results(name, stamp, options)
-        try:
-            kind.run(cases, results, options)
-        finally:
-            if folder is not None:
-                results.write(folder)
-            print(results.markdown())
+    return options
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from bench.peers import core
+from bench.peers.core import DEVICE_CORE, PINNED
 from vhostpy import control
 
-DEVICE_CORE = 0
 OVS = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
-PINNED = ["taskset", "-c", str(DEVICE_CORE)]
 
 
 class Device:
@@ -24,6 +25,9 @@ class Device:
 
     name = ""
     polls = True  # it takes all of its core, unless it is disturbed
+    # What differs from a case's plan; and what is asked instead of the case's generator.
+    plan: ClassVar[dict[str, Any]] = {}
+    generator: Callable[..., dict[str, Any]] | None = None
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
@@ -68,22 +72,28 @@ class Device:
 
 
 class Vhostpy(Device):
-    """`vhostpy net` or `vhostpy blk`."""
+    """`vhostpy net` or `vhostpy blk`; a worker for each of `cpus`."""
 
     name = "vhostpy"
 
     def __init__(self, folder: Path, count: int, verb: str = "net", *flags: str,
-                 poll: str = "busy") -> None:  # fmt: skip
+                 poll: str = "busy", name: str = "vhostpy",
+                 cpus: tuple[int, ...] = (DEVICE_CORE,)) -> None:  # fmt: skip
+        self.name = name
         super().__init__(folder, count)
         self.polls = poll == "busy"
-        self.argv = [sys.executable, "-m", "vhostpy", verb, "--poll", poll, *flags]
+        self.verb = verb
+        self.argv = [sys.executable, "-m", "vhostpy", verb, "--poll", poll, *flags,
+                     "--cpus", ",".join(map(str, cpus))]  # fmt: skip
         self.control = folder / f"{self.name}.control"
 
     def start(self) -> None:
-        argv = [*self.argv, "--cpus", str(DEVICE_CORE), "--control", str(self.control)]
+        argv = [*self.argv, "--control", str(self.control)]
         for path in self.sockets:
             argv += ["--socket", path]
-        self.process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+        # A switch's control thread may have the other core; storage has one for all it does.
+        start = core.start if self.verb == "blk" else subprocess.Popen
+        self.process = start(argv, stderr=subprocess.DEVNULL)
         self.wait_for_sockets()
 
     def mark(self) -> Any:
@@ -234,9 +244,7 @@ class Ovs(Device):
 
     def _appctl(self, *words: str) -> str:
         argv = ["ovs-appctl", "-t", str(self.folder / "ovs-run" / "vswitchd.ctl"), *words]
-        return subprocess.run(
-            argv, check=True, env=self.env, capture_output=True, text=True
-        ).stdout
+        return subprocess.run(argv, check=True, env=self.env, capture_output=True, text=True).stdout
 
     def close(self) -> None:
         super().close()
@@ -272,8 +280,8 @@ class StorageDaemon(Device):
             f"type=vhost-user-blk,id=export,addr.type=unix,addr.path={self.sockets[0]},"
             "node-name=disk,writable=on"
         )
-        self.process = subprocess.Popen(
-            [*PINNED, "qemu-storage-daemon", "--blockdev", self.node, "--export", export]
+        self.process = core.start(
+            ["qemu-storage-daemon", "--blockdev", self.node, "--export", export]
         )
         self.wait_for_sockets()
 
@@ -286,9 +294,16 @@ class StorageDaemon(Device):
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time that a process has used, to the nanosecond."""
+    return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3), which Python lacks
+
+
+def machine_s() -> float:
+    """Time that all processors together have not been idle, the hypervisor's included."""
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _wait_for(path: Path, timeout_s: float = 10) -> None:

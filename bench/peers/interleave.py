@@ -9,24 +9,64 @@ may be threads of one core for minutes: lines then cost a fifth, and all else tw
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+from bench.peers.case import Case
 from bench.peers.devices import DEVICE_CORE, Device
 from bench.peers.generators import GENERATOR_CORE
-from bench.peers.results import UNDISTURBED, Results
+from bench.peers.results import SHARES, UNDISTURBED, Results
 from vhostpy.load._line import line_cost
 
 # Ticks for a line of the other processor, one after the other: 25..40 where both are threads
 # of one core, 150..210 where they are not.
 APART_TICKS = 80
+PAIRS = 5
+
+
+def run_group(
+    cases: list[Case],
+    devices: list[Device],
+    results: Results,
+    options: argparse.Namespace,
+    ready: Callable[[Device], None] | None = None,
+) -> None:
+    """Cases that share their devices; `ready` is called once for each that has started."""
+    started: list[Device] = []
+    try:
+        for device in devices:
+            if options.devices and device.name not in options.devices:
+                continue
+            started.append(device)
+            try:
+                device.start()
+                if ready:
+                    ready(device)
+                device.pause()
+            except Exception as error:
+                device.close()
+                started.remove(device)
+                for case in cases:
+                    if device.name in ("vhostpy", *case.peers):
+                        results.add(case, device.name, _failed(error) | {"cores": "apart"})
+                print(f"{device.name}: {error}", file=sys.stderr)
+        for case in cases:
+            used = [device for device in started if device.name in ("vhostpy", *case.peers)]
+            interleave(case, used, results, options)
+    finally:
+        for device in started:
+            device.close()
 
 
 def interleave(
-    case: Any, devices: list[Any], results: Results, options: argparse.Namespace
+    case: Case, devices: list[Device], results: Results, options: argparse.Namespace
 ) -> None:
-    """By turns until each has `options.pairs` good runs, or there were too many."""
+    """By turns until each has as many good runs as are wanted, or there were too many."""
     good = dict.fromkeys((device.name for device in devices), 0)
-    for turn in range(options.pairs * (1 + options.retries)):
+    if not devices:
+        return
+    pairs = options.pairs or case.pairs or PAIRS
+    for turn in range(pairs * (1 + options.retries)):
         for device in list(devices):
             outcome = attempt(case, device, options)
             results.add(case, device.name, outcome)
@@ -35,19 +75,20 @@ def interleave(
             if "error" in outcome and turn == 0 and device.name != "vhostpy":
                 devices.remove(device)  # it can't do this
                 del good[device.name]
-        if min(good.values(), default=0) >= options.pairs:
-            return
+        if min(good.values(), default=0) >= pairs:
+            break
+    results.done(case)
 
 
-def attempt(case: Any, device: Device, options: argparse.Namespace) -> dict[str, Any]:
+def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str, Any]:
     """One run of one device: what it gave, or the error."""
     device.resume()
     try:
-        outcome: dict[str, Any] = case.generator(device, options.seconds, **case.plan)
-        if case.unit == "us":
-            outcome["value"] = outcome["latency_p50_us"]
+        generator = device.generator or case.generator
+        outcome: dict[str, Any] = generator(device, options.seconds, **case.plan | device.plan)
+        outcome |= {"rate": outcome["value"], "value": outcome[case.figure]}
     except Exception as error:
-        outcome = {"error": str(error).splitlines()[0]}
+        outcome = _failed(error)
     finally:
         # At once, before a hypervisor finds the processors idle and moves them.
         device.pause()
@@ -59,22 +100,24 @@ def attempt(case: Any, device: Device, options: argparse.Namespace) -> dict[str,
     return outcome | lines | {"cores": "apart" if apart else "shared"}
 
 
+def _failed(error: Exception) -> dict[str, Any]:
+    lines = str(error).splitlines()
+    return {"error": lines[0] if lines else type(error).__name__}
+
+
 def cpu_share(outcome: dict[str, Any]) -> float:
-    """What the two ends had of their processors, the worse of them."""
-    names = "generator_cpu_share", "device_cpu_share"
-    return min((outcome[name] for name in names if name in outcome), default=0.0)
+    """What the ends had of their processors, the worst of them."""
+    return min((outcome[name] for name in SHARES if name in outcome), default=0.0)
 
 
 def is_good(outcome: dict[str, Any]) -> bool:
     """Whether a run tells something about two cores."""
     return (
-        "error" not in outcome
-        and outcome["cores"] == "apart"
-        and cpu_share(outcome) >= UNDISTURBED
+        "error" not in outcome and outcome["cores"] == "apart" and cpu_share(outcome) >= UNDISTURBED
     )
 
 
-def _said(case: Any, outcome: dict[str, Any]) -> str:
+def _said(case: Case, outcome: dict[str, Any]) -> str:
     if "error" in outcome:
         return str(outcome["error"])
     disturbed = "" if cpu_share(outcome) >= UNDISTURBED else ", disturbed"

@@ -1,46 +1,81 @@
 """Medians, spreads and ratios of interleaved runs; written as JSON, table and chart."""
 
-import argparse
 import json
 import platform
 import statistics
 import subprocess
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.peers import chart
+from bench.peers import chart, lines
+from bench.peers.case import Case
+
+FOLDER = Path(__file__).parents[2]
+MEASURED = ("vhostpy", "backends", "vswitch", "setup.py", "bench", ":!bench/results")
+DIRTY = "-dirty"
 
 BUSY = 0.95  # a device less busy than that is not what limits the rate
 FULL = 0.9  # of the generator's bursts: it never waited for the device
 UNDISTURBED = 0.96  # of its core, that each end had
 MET = 0.92  # of a goal: what noise leaves of it
+# What an end had of its processor; of the machine, what was not somebody else's.
+SHARES = ("generator_cpu_share", "device_cpu_share", "machine_share")
+LATENCIES = {"latency_p50_us": "p50", "latency_p99_us": "p99", "latency_p99_9_us": "p99.9"}
+NOTES = {
+    "net": "Two workers have both cores, and the generator's thread, of class SCHED_IDLE, what "
+    "they leave: it fills all rings, all ports are kicked at once, both workers wake and drain "
+    "them at the same time; cycles are the first worker's, beside the same with a process for "
+    "each pair of ports. ",
+    "blk": "fio runs on the device's core, on the file that vhostpy serves. ",
+}
 
 
 class Results:
-    """All runs of one kind of device."""
+    """All runs of one kind of device: this run's, and those of the same day and commit."""
 
-    def __init__(self, kind: str, date: str, options: argparse.Namespace) -> None:
-        self.kind, self.date = kind, date
-        self.pairs, self.seconds = options.pairs, options.seconds
-        self.cases: dict[str, Any] = {}
+    def __init__(
+        self, kind: str, date: str, cases: Sequence[Case], folder: Path | None = None
+    ) -> None:
+        self.kind, self.date, self.folder = kind, date, folder
+        self.commit = _commit()
+        self.cases = {case.name: case for case in cases}
         self.runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
-    def add(self, case: Any, device: str, outcome: dict[str, Any]) -> None:
+    def resume(self) -> None:
+        """Takes up what the folder has of this day and commit."""
+        path = self._path(".json")
+        # Nobody knows what changed in a tree since its runs.
+        if path is not None and path.exists() and not self.commit.endswith(DIRTY):
+            self.runs = json.loads(path.read_text())["runs"]
+
+    def has(self, case: Case) -> bool:
+        """Whether there is something of ours."""
+        return any("value" in run for run in self.runs.get(case.name, {}).get("vhostpy", []))
+
+    def add(self, case: Case, device: str, outcome: dict[str, Any]) -> None:
         """One run."""
-        self.cases[case.name] = case
+        self.cases.setdefault(case.name, case)
         self.runs.setdefault(case.name, {}).setdefault(device, []).append(outcome)
+
+    def done(self, case: Case) -> None:
+        """All runs of a case are there: what comes after it may be broken off."""
+        if self.folder is not None:
+            self.write(self.folder)
 
     def rows(self) -> list[dict[str, Any]]:
         """A dictionary for each case and device."""
         return [
             row
-            for name, devices in self.runs.items()
+            for name, case in self.cases.items()
             for cores in ("apart", "shared")
-            for row in self._rows(self.cases[name], cores, devices)
+            for row in self._rows(case, cores, self.runs.get(name, {}))
         ]
 
     def _rows(
-        self, case: Any, cores: str, devices: dict[str, list[dict[str, Any]]]
+        self, case: Case, cores: str, devices: dict[str, list[dict[str, Any]]]
     ) -> list[dict[str, Any]]:
         """Of one case, the runs of one placement; undisturbed ones where there are any."""
         chosen = {device: _choose(runs, cores) for device, runs in devices.items()}
@@ -52,11 +87,12 @@ class Results:
         for device, runs in chosen.items():
             if runs:
                 values = [run["value"] for run in runs if "value" in run]
-                row = {
+                row: dict[str, Any] = {
                     "case": case.name,
                     "cores": cores,
                     "line_ticks": _median(runs, "line_ticks"),
                     "line_ticks_in_a_row": _median(runs, "line_ticks_in_a_row"),
+                    "line_ticks_overwritten": _median(runs, "line_ticks_overwritten"),
                     "text": case.text,
                     "device": device,
                     "unit": case.unit,
@@ -64,46 +100,55 @@ class Results:
                     "low": min(values, default=None),
                     "high": max(values, default=None),
                     "runs": len(values),
+                    "spread": _spread(values),
                     "busy_share": _median(runs, "busy_share"),
+                    "saturates": case.saturates,
                     "cycles_per_packet": _median(runs, "cycles_per_packet"),
                     "generator_full_share": _median(runs, "generator_full_share"),
-                    "cpu_share": _median(runs, "generator_cpu_share", "device_cpu_share"),
+                    "cpu_share": _median(runs, *SHARES),
+                    **{name: _median(runs, name) for name in LATENCIES},
                     "error": next((run["error"] for run in runs if "error" in run), None),
                     "chart": case.chart,
                 }
-                if device != "vhostpy" and ours and row["median"]:
+                if device == "vhostpy":
+                    row |= _bound(case, row)
+                    row["most"] = case.most
+                    if case.most and row["median"] is not None and _judged(cores, runs):
+                        row["met"] = row["median"] <= case.most / MET
+                elif ours and row["median"]:
                     ratio = ours / row["median"]
                     row["ratio"] = 1 / ratio if case.lower_is_better else ratio
                     row["goal"] = case.goals.get(device)
-                    both = [_calm(chosen[name]) for name in ("vhostpy", device)]
-                    if row["goal"] and cores == "apart" and all(both):
+                    if row["goal"] and _judged(cores, chosen["vhostpy"]) and _judged(cores, runs):
                         row["met"] = row["ratio"] >= MET * row["goal"]
                 rows.append(row)
         return rows
 
     def markdown(self) -> str:
         """The table, for people."""
-        lines = [
+        text = [
             f"# vhostpy beside its peers: {self.kind}, {self.date}",
             "",
-            f"`make bench-peers`: medians of {self.pairs} interleaved runs of {self.seconds} s; "
-            f"device on one core, generator on another; {_machine()}.",
+            "`make bench-peers`: medians of interleaved runs; device on one core, generator on "
+            f"another; {_machine()}; commit {self.commit}.",
             "",
-            "| case | device | median | low..high | runs | vhostpy is | goal | cycles | busy | |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+            "| case | device | median | low..high | runs | vhostpy is | goal | cycles | bound "
+            "| busy | |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
         ]
         for row in self.rows():
-            lines.append("| " + " | ".join(_cells(row)) + " |")
-        lines += [
+            text.append("| " + " | ".join(_cells(row)) + " |")
+        text += [
             "",
-            f"Goals are ratios of medians, met at {MET:.0%}. 'Generator-limited': the device was "
+            f"Goals are ratios of medians, met at {MET:.0%}; or a most. The percentage is from the "
+            "lowest to the highest run, of the median. 'Generator-limited': the device was "
             f"less than {BUSY:.0%} busy, or the generator never had to wait for it. Cycles are per "
             "packet, of the device's polls that found work. Where a line says 'two threads of "
             "one core' the machine had put both processors there: such runs compare only with "
-            f"their like. {self._limit()}",
+            f"their like. {NOTES[self.kind]}{self._limit()}",
             "",
         ]
-        return "\n".join(lines)
+        return "\n".join(text)
 
     def _limit(self) -> str:
         """The cost of lines, which bounds all copying."""
@@ -111,22 +156,30 @@ class Results:
                 if run["cores"] == "apart"]  # fmt: skip
         if not runs:
             return "The processors were never two cores."
-        near, far = _median(runs, "line_ticks_in_a_row"), _median(runs, "line_ticks")
+        names = "in_a_row", "", "overwritten", "dependent"
+        near, far, written, next_ = (
+            _median(runs, "line_ticks" + (f"_{name}" if name else "")) or 0 for name in names
+        )
         return (
-            "The limit: a cache line that another core has just written costs "
-            f"{near:.0f} cycles in a row, {far:.0f} anywhere, "
-            f"{_median(runs, 'line_ticks_dependent'):.0f} where the next depends on it."
+            f"The limit: a cache line that another core has just written costs {near:.0f} cycles "
+            f"in a row, {far:.0f} anywhere, {next_:.0f} where the next depends on it, and "
+            f"{written:.0f} to overwrite, of 16 KiB that fit its first cache. The bound is that "
+            "cost of the lines that a frame brings from the other core, read + overwritten: where "
+            "both go on at the same time, and one after the other."
         )
 
+    def _path(self, suffix: str) -> Path | None:
+        return self.folder and self.folder / f"{self.date}-{self.commit}-{self.kind}{suffix}"
+
     def write(self, folder: Path) -> None:
-        """DATE-KIND.json, .md and .svg."""
+        """DATE-COMMIT-KIND.json, .md and .svg."""
         if not self.runs:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{self.date}-{self.kind}"
+        stem = folder / f"{self.date}-{self.commit}-{self.kind}"
         data = {
-            "kind": self.kind, "date": self.date, "machine": _machine(), "commit": _commit(),
-            "rows": self.rows(), "runs": self.runs,
+            "kind": self.kind, "date": self.date, "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "machine": _machine(), "commit": self.commit, "rows": self.rows(), "runs": self.runs,
         }  # fmt: skip
         stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
         stem.with_suffix(".md").write_text(self.markdown())
@@ -135,32 +188,50 @@ class Results:
             stem.with_suffix(".svg").write_text(picture)
 
 
+def _bound(case: Case, row: dict[str, Any]) -> dict[str, Any]:
+    """Lines of a frame and what they cost, where that can be said."""
+    counted = lines.of_case(case)
+    if counted is None or not row["line_ticks_overwritten"]:
+        return {}
+    # Of a long frame they lie in a row.
+    read_ticks = row["line_ticks_in_a_row" if counted.read > 2 else "line_ticks"]
+    least, most = lines.bound(counted, read_ticks, row["line_ticks_overwritten"])
+    return {"lines": counted, "bound_low": least, "bound_high": most}
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["median"] is None:
-        return [row["text"], row["device"], "-", *[""] * 6, row["error"] or ""]
+        return [row["text"], row["device"], "-", *[""] * 7, row["error"] or ""]
     notes = [] if row["cores"] == "apart" else ["two threads of one core"]
     busy = row["busy_share"]
     full = row["generator_full_share"] or 0.0
-    if row["unit"] != "us" and ((busy is not None and busy < BUSY) or full > FULL):
+    if row["saturates"] and ((busy is not None and busy < BUSY) or full > FULL):
         notes.append("generator-limited")
     if row["cpu_share"] is not None and row["cpu_share"] < UNDISTURBED:
         notes.append(f"disturbed: {row['cpu_share']:.0%} of the cores were ours")
-    if row.get("goal"):
+    if row["unit"] == "us":
+        notes += [f"{name} {row[key]:.2f}" for key, name in LATENCIES.items() if row[key]]
+    if row.get("goal") or row.get("most"):
         # None: of disturbed runs, or of one core, which decide nothing.
         notes.append({True: "met", False: "**missed**", None: "not judged"}[row.get("met")])
     if row["error"]:
         notes.append(row["error"])
-    ratio, goal = row.get("ratio"), row.get("goal")
+    ratio, goal, most = row.get("ratio"), row.get("goal"), row.get("most")
+    bound = ""
+    if row.get("lines"):
+        read, written = row["lines"]
+        bound = f"{read:.1f} + {written:.1f}: {row['bound_low']:.0f}..{row['bound_high']:.0f}"
     cycles = row["cycles_per_packet"]
     return [
         row["text"],
         row["device"],
         f"{row['median']:.2f} {row['unit']}",
-        f"{row['low']:.2f}..{row['high']:.2f}",
+        f"{row['low']:.2f}..{row['high']:.2f} ({row['spread']:.0%})",
         str(row["runs"]),
         f"{ratio:.2f} x" if ratio else "",
-        f"{goal:.2f} x" if goal else "",
+        f"{goal:.2f} x" if goal else f"<= {most:g} {row['unit']}" if most else "",
         f"{cycles:.0f}" if cycles else "",
+        bound,
         f"{busy:.0%}" if busy is not None else "",
         ", ".join(notes),
     ]
@@ -173,10 +244,13 @@ def _choose(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
 
 def _calm(runs: list[dict[str, Any]]) -> bool:
     """Whether all gave something, and had their cores to themselves."""
-    names = "generator_cpu_share", "device_cpu_share"
     return bool(runs) and all(
-        "value" in run and all(run.get(name, 1) >= UNDISTURBED for name in names) for run in runs
+        "value" in run and all(run.get(name, 1) >= UNDISTURBED for name in SHARES) for run in runs
     )
+
+
+def _judged(cores: str, runs: list[dict[str, Any]]) -> bool:
+    return cores == "apart" and _calm(runs)
 
 
 def _median(runs: list[dict[str, Any]], *names: str) -> float | None:
@@ -189,6 +263,12 @@ def _median(runs: list[dict[str, Any]], *names: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def _spread(values: list[float]) -> float:
+    """From the lowest to the highest, as a share of the median."""
+    middle = statistics.median(values) if values else 0.0
+    return (max(values) - min(values)) / middle if middle else 0.0
+
+
 def _machine() -> str:
     model = next(
         (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -198,7 +278,8 @@ def _machine() -> str:
 
 
 def _commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip()
+    """The last that changed what is measured, or how; with DIRTY where that is not all."""
+    run = partial(subprocess.run, cwd=FOLDER, capture_output=True, text=True, check=False)
+    commit = run(["git", "log", "-1", "--format=%h", "--", *MEASURED]).stdout.strip()
+    changed = run(["git", "status", "--porcelain", "--", *MEASURED]).stdout.strip()
+    return (commit or "unknown") + (DIRTY if changed else "")
