@@ -3,13 +3,19 @@
 Inline, since all of it runs per frame. Decides nothing, and checks nothing: lengths and
 segments were checked by whoever calls.
 """
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from vhostpy._hw cimport (likely, read_once_u16, read_once_u32, read_once_u64, write_once_u16,
-                          write_once_u32, write_once_u64)
+from vhostpy._hw cimport (likely, prefetch_read, prefetch_write, read_once_u16, read_once_u32,
+                          read_once_u64, write_once_u16, write_once_u32, write_once_u64)
 from vhostpy._port cimport SNAPSHOT, Frame, NetHeader
 from vhostpy._ring cimport Chain
 from vhostpy.memory cimport Segment
+
+cdef enum:
+    LINE = 64              # bytes in a cache line
+    # So many lines of the frames to come are fetched while one is copied, out of the sender's
+    # cache and out of the receiver's: 1500 B 668 -> 516 cycles, 64 B in two lines 130 -> 123.
+    LINES_AHEAD = 64
 
 cdef struct Cursor:
     # Where the next byte goes: in the writable segments of consecutive chains.
@@ -31,6 +37,24 @@ cdef inline void store_header(uint8_t *to, const NetHeader *header, bint long_fo
             write_once_u32(to + 8, second)
     elif read_once_u16(to + 8) != header.csum_offset:
         write_once_u16(to + 8, header.csum_offset)
+
+
+cdef inline int32_t lines_of(const Frame *frame) noexcept nogil:
+    return <int32_t>(frame.length // LINE) + 1
+
+
+cdef inline void fetch(const Frame *frame, uint8_t *to) noexcept nogil:
+    """Prefetches what a copy of a frame in one piece will touch; its first line is here."""
+    cdef const uint8_t *source = frame.segments.hva
+    cdef uint32_t last = min(frame.length, <uint32_t>(LINE * LINES_AHEAD)) - 1
+    cdef uint32_t offset = LINE
+    prefetch_write(to)
+    while offset < last:
+        prefetch_read(source + offset)
+        prefetch_write(to + offset)
+        offset += LINE
+    prefetch_read(source + last)
+    prefetch_write(to + last)
 
 
 cdef inline void copy_rest(uint8_t *to, const uint8_t *source, uint32_t length) noexcept nogil:

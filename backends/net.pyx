@@ -9,19 +9,18 @@ Guests' memory changes under our hands: what is decided upon was read once, into
 `Frame.head`, and it is that copy which the receiver gets. The rest is copied unseen.
 """
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from vhostpy._hw cimport (likely, load_acquire_ptr, prefetch_read, prefetch_write,
-                          read_once_u32, spin_lock, spin_unlock, store_release_ptr, unlikely,
-                          write_once_u32)
+from vhostpy._hw cimport (likely, load_acquire_ptr, prefetch_read, read_once_u32, spin_lock,
+                          spin_unlock, store_release_ptr, unlikely, write_once_u32)
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
-from vhostpy.backends._copy cimport (Cursor, copy_rest, copy_to, gather, store_header,
-                                     take_snapshot)
+from vhostpy.backends._copy cimport (LINES_AHEAD, Cursor, copy_rest, copy_to, fetch, gather,
+                                     lines_of, store_header, take_snapshot)
 from vhostpy.memory cimport Segment
 
 from vhostpy import _port, _ring
@@ -39,9 +38,6 @@ cdef enum:
     # So many unusable buffers in one transmit(), and it takes no more: each of them may
     # have cost thousands of descriptors (a loop), and the sender's turn is bounded.
     FAULTY_MAX = 4
-    # Buffers whose lines are fetched for writing while so many before them are written: 17
-    # cycles a packet at 64 B. All of a burst at once would push each other out of the cache.
-    AHEAD = 8
     # Results of collect(), besides a count of chains.
     FULL = 0
     REFUSED = -1           # - reason, of Drop
@@ -264,19 +260,24 @@ cdef class NetPort(Port):
         cdef uint32_t header_size = self.header_size
         cdef uint64_t size = 0
         cdef const Frame *frame
-        cdef int done = 0
+        cdef int done = 0, ahead = 0
+        cdef int32_t flying = 0
         if pair.logging:
             return 0
         if pair.next == pair.have and pair.faulty < FAULTY_MAX:
             self.pop_more(pair, count, 0)
         count = min(count, pair.have - pair.next)
         while done < count:
+            while ahead < count and flying < LINES_AHEAD:
+                if likely(frames[ahead].count == 1 and chain[ahead - done].writable):
+                    fetch(frames[ahead], first_buffer(&chain[ahead - done]) + header_size)
+                flying += lines_of(frames[ahead])
+                ahead += 1
             frame = frames[done]
             if unlikely(frame.count != 1 or frame.length < SNAPSHOT or chain.writable != 1
                         or chain.writable_bytes < header_size + frame.length):
                 break
-            if done + AHEAD < count and likely(chain[AHEAD].writable):
-                prefetch_write(first_buffer(&chain[AHEAD]) + header_size)
+            flying -= lines_of(frame)
             write_whole(first_buffer(chain), frame, header_size)
             written[done] = header_size + frame.length
             size += frame.length

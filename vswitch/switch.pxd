@@ -65,7 +65,7 @@ cdef class Forwarder(Pollable):
     cdef Address destinations[BURST]
     cdef Address sources[BURST]
     cdef Frame *group[BURST]
-    cdef uint64_t group_mask # frames that go where the group goes; those that are in it
+    cdef uint64_t group_mask  # frames that go where the group goes; those that are in it
     cdef uint64_t taken_mask
     cdef int64_t group_bytes
     cdef uint64_t floods

@@ -22,7 +22,7 @@ from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_
 from vhostpy._port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
-from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, Address, ForwardingTable, fdb_key
+from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key
 from vhostpy.vswitch.injector cimport Injector
 from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn, Workers
 
