@@ -98,8 +98,8 @@ cdef class Line:
             # As many loads as the processor holds at once would else not be counted: of 256
             # that is half of them.
             self.costs[i_round] = ticks_after_loads() - start
-            store_release_u32(&self.turn, WRITER)
-        store_release_u32(&self.turn, NOBODY)
+            # Never both: a writer that saw its turn would write over the end.
+            store_release_u32(&self.turn, WRITER if i_round + 1 < ROUNDS else NOBODY)
         return total
 
     def run(self, int writer_cpu, int reader_cpu) -> float:
