@@ -11,8 +11,8 @@ from vhostpy._chain cimport (
     walk_piece, walk_table,
 )
 from vhostpy._hw cimport (
-    fence_full, likely, load_acquire_u16, prefetch_read, read_once_u16, read_once_u64,
-    store_release_u16, unlikely, write_once_u16, write_once_u64,
+    fence_full, likely, load_acquire_u16, prefetch_read, prefetch_write, read_once_u16,
+    read_once_u64, store_release_u16, unlikely, write_once_u16, write_once_u64,
 )
 from vhostpy._spec cimport DescriptorFlag, RingFlag
 from vhostpy.memory cimport log_mark
@@ -24,6 +24,10 @@ cdef enum:
     RING_ENTRIES = 4
     AVAIL_ENTRY = 2
     USED_ENTRY = 8
+
+    # Entries in a cache line.
+    AVAIL_LINE = 32
+    USED_LINE = 8
 
 
 cdef inline bint passed_event(uint16_t event, uint16_t new, uint16_t old) noexcept nogil:
@@ -307,6 +311,13 @@ cdef int split_add_burst(DriverRing *ring, const Segment *pieces, int count, bin
     cdef uint16_t flags = DescriptorFlag.DESC_WRITE if writable else 0
     cdef int i
     count = min(count, <int>ring.free_count)
+    # The device has read these lines: all are fetched at once, not one after the other.
+    for i in range(count):
+        prefetch_write(ring.desc + DESCRIPTOR_SIZE * at)
+        at = ring.links[at]
+    for i in range(count // AVAIL_LINE + 1):
+        prefetch_write(entries + AVAIL_ENTRY * (next + i * AVAIL_LINE & mask))
+    at = ring.free_head
     for i in range(count):
         store_descriptor(ring.desc + DESCRIPTOR_SIZE * at, pieces[i].gpa, pieces[i].length,
                          flags, 0)
@@ -344,7 +355,7 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
     cdef uint32_t mask = ring.size - 1, id = 0, length = 0, pieces
     cdef uint16_t tail
     cdef uint64_t entry
-    cdef int count = 0
+    cdef int count = 0, i
     if ring.broken:
         return RING_BROKEN
     if ready == 0:
@@ -355,6 +366,9 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
             ring.broken = 1
             return RING_BROKEN
     limit = min(limit, <int>ready)
+    for i in range(limit // USED_LINE):
+        prefetch_read(ring.used + RING_ENTRIES
+                      + USED_ENTRY * (ring.last_used + i * USED_LINE & mask))
     while count < limit:
         if not ring.in_batch:
             entry = read_once_u64(ring.used + RING_ENTRIES + USED_ENTRY * (ring.last_used & mask))

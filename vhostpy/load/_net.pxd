@@ -98,6 +98,7 @@ cdef class NetGenerator:
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil
     cdef void write_payload(self, uint8_t *at, uint32_t size, uint64_t sequence) noexcept nogil
+    cdef uint32_t lines_touched(self, uint32_t length) noexcept nogil
     cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
                     bint writable) noexcept nogil
     cdef void offer_long(self, Side *side, uint32_t slot, uint32_t length) noexcept nogil

@@ -18,9 +18,9 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport write
 
 from vhostpy._hw cimport (
-    cpu_pause, load_acquire_u32, prefetch_read, read_once_u16, read_once_u32, read_once_u64,
-    store_release_u32, ticks, ticks_per_us, unlikely, write_once_u32,
-    write_once_u64,
+    cpu_pause, load_acquire_u32, prefetch_read, prefetch_write, read_once_u16,
+    read_once_u32, read_once_u64, store_release_u32, ticks, ticks_per_us, unlikely,
+    write_once_u32, write_once_u64,
 )
 from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
 from vhostpy.load._histogram cimport BINS, bin_of, value_of
@@ -44,6 +44,11 @@ cdef enum:
     PIECES = 64             # of one frame, at most
     SHORT = 60              # the shortest frame, checksum excluded
     FRAME_LIMIT = 65535 + 14 + 8
+
+    # Lines are fetched so many ahead: the device has them, and one after the other each
+    # would cost a way of 150 to 200 cycles.
+    LINE = 64
+    LINES_AHEAD = 48
 
 cpdef enum Touch:
     # What the generator does with its frames' memory, from flattering to unkind.
@@ -77,6 +82,19 @@ cdef inline void put(Side *side, uint32_t slot) noexcept nogil:
 
 cdef inline uint8_t *memory_of(Side *side, uint32_t slot) noexcept nogil:
     return side.buffers + <uint64_t>slot * side.slot_stride
+
+
+cdef inline uint32_t lines_of(uint32_t length) noexcept nogil:
+    return (length + LINE - 1) // LINE
+
+
+cdef inline void fetch(const uint8_t *at, uint32_t lines, bint own) noexcept nogil:
+    cdef uint32_t i
+    for i in range(lines):
+        if own:
+            prefetch_write(at + i * LINE)
+        else:
+            prefetch_read(at + i * LINE)
 
 
 cdef inline void kick(Pair *pair, Side *side) noexcept nogil:
@@ -277,30 +295,36 @@ cdef class NetGenerator:
         cdef Side *side = &pair.tx
         cdef Segment pieces[BURST]
         cdef uint32_t slots[BURST]
-        cdef uint32_t i, slot, size
+        cdef uint32_t i, ahead = 0, flying = 0, lines
         cdef uint8_t *at
         cdef uint64_t bytes = 0
         cdef uint64_t stamp = ticks() if self.stamps else 0
         for i in range(limit):
-            slots[i] = slot = take(side, self.fifo)
-            pieces[i].gpa = side.gpa + <uint64_t>slot * side.slot_stride
+            slots[i] = take(side, self.fifo)
+            pieces[i].gpa = side.gpa + <uint64_t>slots[i] * side.slot_stride
+            pieces[i].hva = memory_of(side, slots[i])
             if self.touch == Touch.NONE:
-                pieces[i].length = side.lengths[slot]
-                bytes += pieces[i].length - AT_FRAME
-                continue
-            if prime:
-                size = SHORT
+                pieces[i].length = side.lengths[slots[i]]
+            elif prime:
+                pieces[i].length = AT_FRAME + SHORT
             else:
-                size = self.sizes[pair.size_at]
+                pieces[i].length = AT_FRAME + self.sizes[pair.size_at]
                 pair.size_at = pair.size_at + 1 if pair.size_at + 1 < self.size_count else 0
-            at = memory_of(side, slot)
-            self.write_header(pair, at, size, prime, stamp)
-            stamp = 0       # one frame of each burst is timed
-            if self.touch == Touch.FRAME:
-                self.write_payload(at, size, pair.sequence)
-            bytes += size
-            pieces[i].length = AT_FRAME + size
-            pair.sequence += not prime
+            bytes += pieces[i].length - AT_FRAME
+        if self.touch:
+            for i in range(limit):
+                while ahead < limit and flying < LINES_AHEAD:
+                    lines = self.lines_touched(pieces[ahead].length)
+                    fetch(pieces[ahead].hva, lines, True)
+                    flying += lines
+                    ahead += 1
+                flying -= self.lines_touched(pieces[i].length)
+                at = pieces[i].hva
+                self.write_header(pair, at, pieces[i].length - AT_FRAME, prime, stamp)
+                stamp = 0       # one frame of each burst is timed
+                if self.touch == Touch.FRAME:
+                    self.write_payload(at, pieces[i].length - AT_FRAME, pair.sequence)
+                pair.sequence += not prime
         if unlikely(self.jumbo):
             for i in range(limit):
                 self.offer_long(side, slots[i], pieces[i].length)
@@ -314,6 +338,10 @@ cdef class NetGenerator:
             pair.count.sent += limit
             pair.count.sent_bytes += bytes
         return limit
+
+    cdef inline uint32_t lines_touched(self, uint32_t length) noexcept nogil:
+        """Of a frame's first buffer."""
+        return 1 if self.touch == Touch.HEADER else lines_of(min(length, self.room))
 
     cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
                     bint writable) noexcept nogil:
@@ -388,7 +416,8 @@ cdef class NetGenerator:
         cdef UsedEntry used[BURST]
         cdef uint8_t *at[BURST]
         cdef int count = (<DriverVirtqueue>side.ring).collect(used, BURST), i
-        cdef uint32_t slot
+        cdef uint32_t slot, flying = 0, lines
+        cdef int ahead = 0
         if unlikely(count < 0):
             self.broken = 1 + <int>(pair - self.pairs)
             return 0
@@ -398,10 +427,15 @@ cdef class NetGenerator:
             slot = side.owner[used[i].id]
             put(side, slot)
             at[i] = memory_of(side, slot)
-            if self.touch:
-                prefetch_read(at[i])
         if self.touch:
             for i in range(count):
+                while ahead < count and flying < LINES_AHEAD:
+                    lines = self.lines_touched(used[ahead].length)
+                    fetch(at[ahead], 1, self.dirty)
+                    fetch(at[ahead] + LINE, lines - 1, False)
+                    flying += lines
+                    ahead += 1
+                flying -= self.lines_touched(used[i].length)
                 self.look(pair, at[i], used[i].length, now)
                 if self.dirty:
                     # What a guest's stack does, which builds its own data there.
