@@ -94,7 +94,11 @@ class App:
 
     def handlers(self) -> dict[str, control.Handler]:
         """What the control socket can be asked."""
-        answers: dict[str, control.Handler] = {"status": self._status, "stats": self._stats}
+        answers: dict[str, control.Handler] = {
+            "status": self._status,
+            "stats": self._stats,
+            "workers": self._workers,
+        }
         if self.switch is not None:
             answers |= {"fdb": self._fdb, "fdb_flush": self._fdb_flush}
         return answers
@@ -111,7 +115,7 @@ class App:
             "uptime_s": round(time.monotonic() - self._started_s, 1),
             "memory_bytes": resident_bytes(),
             "control": self._control_text(),
-            "workers": self._loads or self.workers.loads(),
+            "workers": self._workers({}),
             "sockets": [{"name": server.device.name, **server.status()} for server in self.servers],
         }
         if self.switch is not None:
@@ -130,6 +134,10 @@ class App:
             }
             for server in servers
         ]
+
+    def _workers(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        _take(arguments)
+        return self._loads or self.workers.loads()
 
     def _fdb(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         (wanted,) = _take(arguments, "port")

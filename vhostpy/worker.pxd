@@ -39,7 +39,9 @@ cdef struct Table          # private to worker.pyx: what a worker polls
 cdef struct Load:
     uint64_t turns
     uint64_t busy_turns        # that found work
-    uint64_t busy_ticks        # spent in polls that found work
+    uint64_t busy_polls        # polls that found work
+    uint64_t busy_ticks        # spent in them
+    uint64_t items             # of Turn.frames, used by them: packets sent on, or requests
     uint64_t sleeps
 
 cdef class Worker:
@@ -70,8 +72,8 @@ cdef class Worker:
     cdef uint32_t next_serial
     cdef uint64_t generation
     cdef uint64_t started_ticks
-    cdef uint64_t shown_busy        # at the last loads()
-    cdef uint64_t shown_total
+    cdef Load shown                 # at the last loads()
+    cdef uint64_t shown_ticks
 
     cdef void loop(self) noexcept nogil
     cdef int turn(self, Table *table) noexcept nogil

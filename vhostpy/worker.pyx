@@ -259,6 +259,7 @@ cdef class Worker:
         cdef Turn turn
         cdef Entry *entry
         cdef uint64_t start = ticks(), before = start, after, busy = 0
+        cdef int64_t items = 0
         cdef int found, total = 0, i = self.cursor if self.cursor < self.active_count else 0
         turn.scratch = &self.scratch
         turn.worker = self.index
@@ -272,6 +273,7 @@ cdef class Worker:
             if found > 0:
                 total += 1
                 busy += after - before
+                items += BUDGET_FRAMES - turn.frames
                 (<Pollable>entry.pollable).busy_at = after
                 i += 1
             elif (after - (<Pollable>entry.pollable).busy_at >= self.idle_ticks
@@ -293,7 +295,9 @@ cdef class Worker:
         self.load.turns += 1
         if total > 0:
             self.load.busy_turns += 1
+            self.load.busy_polls += total
             self.load.busy_ticks += busy
+            self.load.items += items
         return total
 
     cdef void activate_all(self, Table *table) noexcept nogil:
@@ -607,28 +611,45 @@ cdef class Workers:
                 worker.wake()
 
     def loads(self) -> list[dict]:
-        """What each worker does; `busy_share` is since the call before."""
+        """What each worker does. Counts are since its start; `busy_share`, `items_per_poll`
+        and `cycles_per_item` are since the call before, the last two of polls that found
+        work, None where there was none. Cycles are those of the time-stamp counter.
+        """
         cdef Worker worker
-        cdef uint64_t busy, total, turns
+        cdef Load load, shown
+        cdef uint64_t total
         result = []
         for worker in self.workers:
-            busy = read_once_u64(&worker.load.busy_ticks)
-            turns = read_once_u64(&worker.load.turns)
             total = ticks() - worker.started_ticks if worker.started_ticks else 0
-            span = total - worker.shown_total
-            share = (busy - worker.shown_busy) / span if span > 0 else 0.0
-            worker.shown_busy = busy
-            worker.shown_total = total
+            # Read singly: sums of one turn may be in some and not yet in others.
+            load.turns = read_once_u64(&worker.load.turns)
+            load.busy_turns = read_once_u64(&worker.load.busy_turns)
+            load.busy_polls = read_once_u64(&worker.load.busy_polls)
+            load.busy_ticks = read_once_u64(&worker.load.busy_ticks)
+            load.items = read_once_u64(&worker.load.items)
+            load.sleeps = read_once_u64(&worker.load.sleeps)
+            shown = worker.shown
+            busy = load.busy_ticks - shown.busy_ticks
+            items = load.items - shown.items
+            polls = load.busy_polls - shown.busy_polls
+            span = total - worker.shown_ticks
+            worker.shown = load
+            worker.shown_ticks = total
             result.append({
                 "index": worker.index,
                 "cpu": worker.cpu,
                 "pollables": len(worker.watched),
-                "busy_share": min(1.0, share),
-                "turns": turns,
-                "busy_turns": read_once_u64(&worker.load.busy_turns),
-                "busy_ticks": busy,
+                "busy_share": min(1.0, busy / span) if span > 0 else 0.0,
+                "items_per_poll": items / polls if polls else None,
+                "cycles_per_item": busy / items if items else None,
+                "turns": load.turns,
+                "busy_turns": load.busy_turns,
+                "busy_polls": load.busy_polls,
+                "busy_ticks": load.busy_ticks,
+                "idle_ticks": max(0, <int64_t>(total - load.busy_ticks)),
                 "total_ticks": total,
-                "sleeps": read_once_u64(&worker.load.sleeps),
+                "items": load.items,
+                "sleeps": load.sleeps,
             })
         return result
 
@@ -689,6 +710,7 @@ cdef class Probe(Pollable):
             return 1
         if self.served == wanted:
             return 0
+        turn.frames -= <int32_t>(wanted - self.served)
         store_release_u64(&self.served, wanted)
         return 1
 

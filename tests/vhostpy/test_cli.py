@@ -340,13 +340,17 @@ def test_a_second_process_on_the_same_socket_is_refused_and_harms_nobody(place):
 
 
 def test_counters_are_shown_per_port(place):
-    with Running("net", "--socket", "vu0", "--socket", "vu1"):
-        ports = json.loads(run("stats", "--json").stdout)["ports"]
-        assert [port["port"] for port in ports] == ["vu0", "vu1"]
+    with Running("net", "--socket", "vu0", "--socket", "vu1", "--workers", "2"):
+        stats = json.loads(run("stats", "--json").stdout)
+        assert [port["port"] for port in stats["ports"]] == ["vu0", "vu1"]
+        assert [(w["index"], w["items"], w["busy_ticks"]) for w in stats["workers"]] == [
+            (0, 0, 0), (1, 0, 0)
+        ]  # fmt: skip
         (port,) = json.loads(run("stats", "--json", "--port", "vu1").stdout)["ports"]
         assert port["port"] == "vu1"
         shown = run("stats").stdout
         assert "vu0" in shown and "vu1" in shown
+        assert "packets a poll" in shown and "cycles each" in shown
         assert_told(run("stats", "--port", "vu7"), 1, "no port 'vu7'", "one of: vu0, vu1")
 
 

@@ -288,11 +288,19 @@ def test_loads_count_only_polls_that_found_work():
         eventually(lambda: probe.polls > 1000)
         (idle,) = workers.loads()
         assert idle["busy_ticks"] == 0 and idle["busy_share"] == 0 and idle["turns"] > 1000
-        probe.give()
-        eventually(lambda: probe.idle)
-        workers.wait()
-        (load,) = workers.loads()
-        assert load["busy_turns"] == 1 and 0 < load["busy_ticks"] < load["total_ticks"]
+        assert idle["items_per_poll"] is idle["cycles_per_item"] is None
+        for count in (1, 2):
+            probe.give()
+            eventually(lambda: probe.idle)
+            workers.wait()
+            (load,) = workers.loads()
+            assert load["busy_turns"] == load["busy_polls"] == load["items"] == count
+            assert 0 < load["busy_ticks"] < load["total_ticks"]
+            assert load["busy_ticks"] + load["idle_ticks"] == load["total_ticks"]
+            # Of the time since the call before, not of all.
+            assert load["items_per_poll"] == 1
+            assert load["cycles_per_item"] == load["busy_ticks"] - idle["busy_ticks"]
+            idle = load
 
 
 def test_the_least_loaded_worker_gets_the_next():

@@ -1,10 +1,10 @@
-"""`vhostpy stats`: counters per port and queue, and the reason of each drop."""
+"""`vhostpy stats`: counters per port and queue, each drop's reason, what workers do."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from vhostpy.cli.options import Once, Parser, add_target_flags
-from vhostpy.cli.target import ask, cell, print_json, show, table
+from vhostpy.cli.target import ask, cell, percent, print_json, show, table
 
 EXAMPLE = """
 the counters of the process that runs; then of one port, for a program
@@ -18,16 +18,42 @@ NO_COUNTERS = {"index", "worker"}
 
 def main(arguments: list[str], program: str) -> int:
     """Shows the counters; returns the exit status."""
-    parser = Parser(program, "Counters per port and queue.", EXAMPLE)
+    parser = Parser(program, "Counters per port and queue, and of each worker.", EXAMPLE)
     add_target_flags(parser)
     parser.add_argument("--port", metavar="P", action=Once, help="only this port or disk")
     options = parser.parse_args(arguments)
     ports = ask(options, "stats", port=options.port)
+    workers = ask(options, "workers")
     if options.json:
-        print_json({"ports": ports})
+        print_json({"ports": ports, "workers": workers})
     else:
-        show(*(_table(port) for port in ports))
+        items = "requests" if ports and ports[0]["kind"] == "blk" else "packets"
+        show(*(_table(port) for port in ports), _workers(workers, items))
     return 0
+
+
+def _workers(workers: list[dict[str, Any]], items: str) -> Any:
+    """A row each: shares and ratios of the last second, then totals."""
+    headings = (
+        *("busy", f"{items} a poll", "cycles each"),
+        *(items, "polls with work", "busy cycles", "idle cycles"),
+    )
+    rows = table("worker", "cpu", *headings, title="workers", numbers=("worker", *headings))
+    for worker in workers:
+        cpu = worker["cpu"]
+        rows.add_row(
+            str(worker["index"]),
+            "any" if cpu is None else str(cpu),
+            percent(worker["busy_share"]),
+            _ratio(worker["items_per_poll"]),
+            _ratio(worker["cycles_per_item"]),
+            *(str(worker[name]) for name in ("items", "busy_polls", "busy_ticks", "idle_ticks")),
+        )
+    return rows
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _table(port: dict[str, Any]) -> Any:
