@@ -200,6 +200,21 @@ cdef class NetPort(Port):
             chains[i].slots = <uint16_t>(burst[i].cookie >> 16)
         (<Virtqueue>self.pairs[queue].tx).rewind(chains, count)
 
+    cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil:
+        cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
+        cdef Chain chains[BURST]
+        cdef Frame burst[BURST]
+        cdef int some, i
+        while tx != NULL and count > 0:
+            scratch.used = 0
+            some = (<Virtqueue>tx).pop(chains, min(count, <int>BURST), scratch)
+            if some <= 0:
+                return
+            for i in range(some):
+                view(&chains[i], &burst[i], self.header_size, self.pairs[queue].tx_enabled)
+            self.release(queue, burst, some)
+            count -= some
+
     cdef bint arm(self, int queue) noexcept nogil:
         cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
         return tx != NULL and (<Virtqueue>tx).is_live() and (<Virtqueue>tx).arm()

@@ -24,7 +24,8 @@ cpdef enum Drop:
     DROP_RECEIVER_DOWN = 8     # receiver: no receive queue is live
     DROP_BUFFER_TOO_SMALL = 9  # receiver: its buffers can't hold the frame
     DROP_BUFFER_FAULT = 10     # receiver: its buffer is not guest memory, or malformed
-    DROP_FLOOD_LIMIT = 11      # sender: a flood was cut short
+    DROP_STOPPED = 11          # sender: its queue stopped while the frame waited for a
+    #                            receiver, and later ones had been delivered already
     DROPS = 12
 
 # virtio 1.3, "Device Operation" of the network device: struct virtio_net_hdr
@@ -67,6 +68,9 @@ cdef class Port:
     # The oldest `count` frames are done with: their buffers go back to the sender.
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil
     # The youngest `count` frames could not be placed: receive() returns them again.
+    cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil
+    # Control's, of a queue that no worker has any more: the oldest `count` frames, which
+    # were put back, are done with.
     cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil
     # Gives frames to the guest's receive queue `queue` (modulo the enabled pairs), in
     # order; copies; keeps nothing. Returns how many were taken (delivered, or dropped

@@ -17,6 +17,9 @@ cdef class Port:
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
         pass
 
+    cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil:
+        pass
+
     cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil:
         return count
 

@@ -71,7 +71,7 @@ cdef class Forwarder(Pollable):
     cdef uint64_t floods
     cdef uint64_t unicasts
     cdef uint64_t refused    # found their receivers full in this turn
-    cdef Scratch scratch     # for turn() only
+    cdef Scratch scratch     # for turn() and settle() only
 
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil
     cdef bint is_cached(self, const Frame *frame) noexcept nogil
@@ -86,3 +86,5 @@ cdef class Forwarder(Pollable):
     cdef void transmit(self, Place *place, int count, Turn *turn) noexcept nogil
     cdef bint waited_enough(self, uint64_t bit, uint64_t full_since, uint64_t now) noexcept nogil
     cdef void finish(self, int count, Turn *turn) noexcept nogil
+    cdef int settle(self) except -1
+    cdef int make_scratch(self) except -1

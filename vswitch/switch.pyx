@@ -31,6 +31,8 @@ from vhostpy.vswitch.injector import rarp_frame
 
 cdef extern from *:
     int lowest_bit "__builtin_ctzll" (uint64_t) nogil
+    int leading_zeros "__builtin_clzll" (uint64_t) nogil
+    int bits_of "__builtin_popcountll" (uint64_t) nogil
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -341,6 +343,35 @@ cdef class Forwarder(Pollable):
         self.flooding = shifted(self.flooding, prefix)
         self.waiting = shifted(self.waiting, prefix)
 
+    # Control's ----------------------------------------------------------------------
+
+    cdef int settle(self) except -1:
+        """The queue stops, and no worker polls it any more. Whoever goes on with its ring
+        must not send again what was delivered: the ring goes on behind that, and frames
+        that still waited before it are dropped."""
+        cdef uint64_t begun = self.done | (self.flooding if self.next_port else 0)
+        cdef uint64_t lost
+        cdef int count
+        if not begun:
+            return 0
+        self.make_scratch()
+        count = 64 - leading_zeros(begun)
+        lost = bits_below(count) & ~self.done
+        with nogil:      # it may call the driver
+            if lost:
+                self.port.count_drop(self.queue, Drop.DROP_STOPPED, bits_of(lost))
+            self.port.skip(self.queue, count, &self.scratch)
+        self.done = self.flooding = self.waiting = 0
+        return 0
+
+    cdef int make_scratch(self) except -1:
+        if self.scratch.segments == NULL:
+            self.scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
+            self.scratch.limit = SCRATCH_SEGMENTS
+        if self.scratch.segments == NULL:
+            raise MemoryError("scratch")
+        return 0
+
     # Doors --------------------------------------------------------------------------
 
     def turn(self, frames: int = BUDGET_FRAMES, size: int = BUDGET_BYTES,
@@ -348,11 +379,7 @@ cdef class Forwarder(Pollable):
         """One poll with that budget, on this thread: only while no worker polls it."""
         cdef Turn turn
         cdef int found
-        if self.scratch.segments == NULL:
-            self.scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
-            self.scratch.limit = SCRATCH_SEGMENTS
-        if self.scratch.segments == NULL:
-            raise MemoryError("scratch")
+        self.make_scratch()
         memset(&turn, 0, sizeof(turn))
         turn.scratch = &self.scratch
         turn.now = ticks() if now is None else now
@@ -442,8 +469,10 @@ cdef class Switch:
         return forwarder
 
     def close_queue(self, Port port not None, int queue) -> None:
-        """No worker receives from that queue any more."""
-        self.workers.remove(self.forwarders.pop((self.index_of(port), queue)))
+        """No worker receives from that queue any more; its ring is held."""
+        cdef Forwarder forwarder = self.forwarders.pop((self.index_of(port), queue))
+        self.workers.remove(forwarder)
+        forwarder.settle()
 
     def set_kick(self, Port port not None, int queue, int kick_fd) -> None:
         """Another fd wakes them for that queue. The old one is still open."""

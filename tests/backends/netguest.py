@@ -73,6 +73,7 @@ class Guest:
         self._free = PAGE
         self.drivers: list[DriverVirtqueue] = []
         self.queues: list[Virtqueue] = []
+        self.uvas: list[dict[str, int]] = []
         self.places: list[list[int]] = []  # of each ring's descriptors, avail, used
         self.posted: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index in range(2 * pairs):
@@ -85,6 +86,7 @@ class Guest:
             self.drivers.append(
                 DriverVirtqueue(self.memory, size, features, kick_fd=kick_fd, **gpas)
             )
+            self.uvas.append(uvas)
             self.queues.append(Virtqueue(self.memory, size, features, **uvas))
         if start:
             self.start(kick_fds)
@@ -112,6 +114,19 @@ class Guest:
         self.queues[index].set_live(False)
         self.device.workers.wait()
         return self.queues[index]
+
+    def restart(self, index: int) -> None:
+        """Stops a ring and lets it go on where it stopped, as GET_VRING_BASE tells."""
+        old = self.hold(index)
+        self.device.ring_stopped(index)
+        queue = Virtqueue(
+            self.memory, old.size, self.features, base=old.base, **self.uvas[index]
+        )
+        self.queues[index] = queue
+        self.device.ring_started(index, queue, -1)
+        self.device.ring_enabled(index, True)
+        queue.set_live(True)
+        self.device.workers.nudge()
 
     def allocate(self, length: int, alignment: int = 16) -> int:
         """A free place in guest memory."""

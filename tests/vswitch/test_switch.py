@@ -337,6 +337,37 @@ def test_without_a_wait_what_does_not_fit_is_dropped_at_once():
     assert n.turn(0) == 0
 
 
+@pytest.mark.parametrize("features", [MODERN, PACKED, MODERN | IN_ORDER, PACKED | IN_ORDER])
+def test_a_ring_that_stops_while_frames_wait_goes_on_behind_those_delivered(features):
+    n = net(buffers=0, features=features)
+    n[2].post(2048, count=100)
+    to = [1, 2, 1, 2, 2, 1, 1]
+    frames = [frame(mac(port), mac(0), 60, i) for i, port in enumerate(to)]
+    n.send(0, *frames)
+    n.turn(0)
+    n[0].restart(1)
+    n[1].post(2048, count=100)
+    n.run()
+    # Those that waited between them are lost, not those behind them.
+    assert n.received() == [[], frames[5:], [frames[i] for i in (1, 3, 4)]]
+    assert n.drops() == [{"stopped": 2}, {}, {}]
+    assert n[0].counters()["from_guest_packets"] == len(n[0].sent()) == len(frames)
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_ring_that_stops_in_the_middle_of_a_flood_floods_no_port_twice(turns):
+    n = net(4)
+    frames = [frame(BROADCAST, mac(0), 60, i) for i in range(2)]
+    n.send(0, *frames)
+    for _ in range(turns):
+        n.turn(0, frames=2)
+    n[0].restart(1)
+    n.run()
+    got = n.received()
+    assert got[1] == frames and got[2] == got[3] == ([] if turns else frames)
+    assert n[0].drops() == ({"stopped": 2} if turns else {})
+
+
 # Against a model ----------------------------------------------------------------------------
 
 SIZES = st.one_of(st.integers(20, 200), st.integers(20, 9000), st.sampled_from([65549, 65557]))
