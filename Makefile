@@ -4,7 +4,7 @@ PYTEST := $(PYTHON) -m pytest
 BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace --parallel 2
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long bench bench-peers lint annotate debug clean distclean
+.PHONY: help build demo test test-long test-asan bench bench-peers lint annotate clean distclean
 
 help:           ## lists the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,14 @@ test-long:      ## soaks: hundreds of resets, kills and migrations
 	@$(call compile,release,)
 	@$(PYTEST) -m long --timeout=3600
 
+test-asan:      ## the tests without guests, with ASan, UBSan and Cython's checks; 10 minutes
+	@tests/peers/install.sh build
+	@$(call compile,debug,VHOSTPY_DEBUG=1)
+	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+		$(PYTEST) -m "not long and not guest"
+
 bench:          ## start-up time, idle CPU, memory, throughput
 	@tests/peers/install.sh build
 	@$(call compile,release,)
@@ -50,13 +58,6 @@ annotate:       ## Cython's HTML beside each module: a hot function is white
 	@tests/peers/install.sh build
 	@VHOSTPY_ANNOTATE=1 $(BUILD) --force
 	@find -L vhostpy bench -name '*.html'
-
-debug:          ## the tests without guests, with Cython's checks, ASan and UBSan
-	@tests/peers/install.sh build
-	@$(call compile,debug,VHOSTPY_DEBUG=1)
-	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0 PYTHONMALLOC=malloc \
-		$(PYTEST) -m "not long and not guest"
 
 clean:          ## removes what was built
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
