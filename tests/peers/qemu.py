@@ -32,6 +32,7 @@ class Nic:
     pairs: int = 1
     host_mtu: int | None = None
     reconnect: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ def network_arguments(qemu: Qemu, index: int, nic: Nic, msix: bool) -> list[str]
         device += ",mq=on"
     if not msix:
         device += ",vectors=0"
+    if nic.packed:
+        device += ",packed=on"
     if nic.host_mtu:
         device += f",host_mtu={nic.host_mtu}"
     return [

@@ -3,7 +3,7 @@
 Guests cost seconds to boot, so each pair serves all tests of its kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tests.peers import traffic
 from tests.peers.backend import Backend, Footprint
 from tests.peers.guest import Guest, boot
 from tests.peers.qemu import Nic, Qemu, qemu7, qemu10
+from vhostpy._spec import Feature
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
 
@@ -29,6 +30,7 @@ class Network:
     b: Guest
     pairs: int
     mtu: int
+    packed: bool
 
     @property
     def guests(self) -> tuple[Guest, Guest]:
@@ -36,7 +38,13 @@ class Network:
 
 
 def start_network(
-    stack: ExitStack, directory: Path, qemu: Qemu, *, pairs: int = 1, mtu: int = 1500
+    stack: ExitStack,
+    directory: Path,
+    qemu: Qemu,
+    *,
+    pairs: int = 1,
+    mtu: int = 1500,
+    packed: bool = False,
 ) -> Network:
     """A switch of two ports with a booted guest at each, addresses set."""
     directory.mkdir(exist_ok=True)
@@ -49,7 +57,7 @@ def start_network(
         Guest(
             name, directory / name, qemu=qemu, cpus=pairs, memory_mib=512,
             nics=[Nic(socket, f"52:54:00:00:00:0{number}", pairs,
-                      host_mtu=mtu if mtu != 1500 else None)],
+                      host_mtu=mtu if mtu != 1500 else None, packed=packed)],
         )
         for number, (name, socket) in enumerate(zip("ab", sockets, strict=True), 1)
     ]
@@ -58,19 +66,22 @@ def start_network(
     boot(*guests)
     for guest, address in zip(guests, (A, B), strict=True):
         guest.set_address(f"{address}/24")
-    return Network(backend, guests[0], guests[1], pairs, mtu)
+    return Network(backend, guests[0], guests[1], pairs, mtu, packed)
 
 
 # QEMU 7.2 is what Debian 12 has (INTx under TCG; it repeats messages for each pair), QEMU 10
 # has MSI-X. Those that `make test` has time for, and the others.
-NETWORKS = {
-    "qemu10": (qemu10, 1, 1500),
-    "qemu10-4pairs-mtu9000": (qemu10, 4, 9000),
-    "qemu7-4pairs": (qemu7, 4, 1500),
-    "qemu10-4pairs": (qemu10, 4, 1500),
-    "qemu10-mtu9000": (qemu10, 1, 9000),
-    "qemu7": (qemu7, 1, 1500),
-    "qemu7-4pairs-mtu9000": (qemu7, 4, 9000),
+NETWORKS: dict[str, tuple[Callable[[], Qemu], dict[str, Any]]] = {
+    "qemu10": (qemu10, {}),
+    "qemu10-packed": (qemu10, {"packed": True}),
+    "qemu10-4pairs-mtu9000": (qemu10, {"pairs": 4, "mtu": 9000}),
+    "qemu7-4pairs": (qemu7, {"pairs": 4}),
+    "qemu10-4pairs": (qemu10, {"pairs": 4}),
+    "qemu10-4pairs-packed": (qemu10, {"pairs": 4, "packed": True}),
+    "qemu10-mtu9000": (qemu10, {"mtu": 9000}),
+    "qemu7": (qemu7, {}),
+    "qemu7-packed": (qemu7, {"packed": True}),
+    "qemu7-4pairs-mtu9000": (qemu7, {"pairs": 4, "mtu": 9000}),
 }
 
 
@@ -81,12 +92,12 @@ def networks(*short: str) -> list[Any]:
 
 
 @pytest.fixture(
-    scope="module", params=networks("qemu10", "qemu10-4pairs-mtu9000", "qemu7-4pairs"))
+    scope="module",
+    params=networks("qemu10", "qemu10-packed", "qemu10-4pairs-mtu9000", "qemu7-4pairs"))
 def network(request: pytest.FixtureRequest, directory: Path) -> Iterator[Network]:
-    qemu, pairs, mtu = NETWORKS[request.param]
+    qemu, kind = NETWORKS[request.param]
     with ExitStack() as stack:
-        yield start_network(
-            stack, directory / request.param, qemu(), pairs=pairs, mtu=mtu)
+        yield start_network(stack, directory / request.param, qemu(), **kind)
 
 
 def assert_ping(guest: Guest, address: str, **how: int) -> None:
@@ -106,6 +117,8 @@ def test_guests_see_what_was_agreed(network: Network) -> None:
         queues = guest.check("ls /sys/class/net/eth0/queues").split()
         assert sorted(queues) == sorted(
             f"{way}-{index}" for way in ("rx", "tx") for index in range(network.pairs))
+        features = guest.check("cat /sys/class/net/eth0/device/features")
+        assert features[Feature.RING_PACKED] == str(int(network.packed))
 
 
 def test_pings_of_all_sizes_come_back(network: Network) -> None:
@@ -152,10 +165,9 @@ RELOAD = "rmmod virtio_net && insmod /modules/virtio_net.ko"
 @pytest.fixture(scope="module", params=networks("qemu10-4pairs"))
 def restless(request: pytest.FixtureRequest, directory: Path) -> Iterator[Network]:
     """A pair of guests whose traffic never ends; guest a is the one that comes and goes."""
-    qemu, pairs, mtu = NETWORKS[request.param]
+    qemu, kind = NETWORKS[request.param]
     with ExitStack() as stack:
-        network = start_network(
-            stack, directory / f"restless-{request.param}", qemu(), pairs=pairs, mtu=mtu)
+        network = start_network(stack, directory / f"restless-{request.param}", qemu(), **kind)
         network.b.check("printf '#!/bin/sh\\ncat > /dev/null\\n' > /tmp/sink; chmod +x /tmp/sink")
         network.b.background("nc -ll -p 7000 -e /tmp/sink")
         # Towards guest a nothing waits for an answer, so it flows while a is away, too.
