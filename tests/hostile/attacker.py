@@ -6,14 +6,15 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tests.backends.netguest import BROADCAST, frame, mac
 from tests.hostile.victim import eventually
-from tests.rings import AVAIL, BORDER, DESC, GPA, USED, SplitGuest
+from tests.rings import AVAIL, BORDER, DESC, GPA, GUESTS, RING_PACKED, USED
 from vhostpy._spec import Feature
 from vhostpy.fds import OwnedFd
 from vhostpy.frontend import FrontEnd, Queue
+from vhostpy.layout import first_base
 
 EVERYTHING = (1 << 24) - 1
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.NET_MRG_RXBUF | 1 << Feature.INDIRECT_DESC
@@ -32,7 +33,8 @@ class Attacker:
     """A session up to memory, and one ring whose descriptors it writes itself.
 
     `ring` has the tools of tests.rings; it lies at DESC, AVAIL and USED. `index` is the
-    ring's number: 1 is what a net device polls, 0 what a disk does.
+    ring's number: 1 is what a net device polls, 0 what a disk does. `kind` is the ring's
+    layout, split or packed.
     """
 
     def __init__(
@@ -44,19 +46,26 @@ class Attacker:
         features: int = FEATURES,
         layout: tuple[tuple[int, int], ...] = LAYOUT,
         start: bool = True,
-        base: int = 0,
+        kind: str = "split",
+        base: int | None = None,
     ) -> None:
+        self.packed = kind == "packed"
+        features |= RING_PACKED if self.packed else 0
+        base = first_base(features) if base is None else base
         self.end = FrontEnd(path, timeout_s=20, layout=layout)
         self.end.negotiate(features, EVERYTHING)
         self.end.set_mem_table()
         self.end.allocate(1 << 20)  # the raw ring's place
         self.memory = self.end.memory
-        self.ring = SplitGuest(self.memory, size)
+        self.ring: Any = GUESTS[kind](self.memory, size, base)
+        self.back: list[tuple[int, int]] = []  # what came back and nobody asked for
         self.index = index
         self.queue: Queue = self.describe(index)
         if start:
-            self.ring.put_u16(AVAIL + 2, base)
-            self.ring.put_u16(USED + 2, base)
+            if not self.packed:
+                self.ring.put_u16(AVAIL + 2, base)
+                self.ring.put_u16(USED + 2, base)
+                self.ring.restart(base)
             self.start(base)
 
     def describe(self, index: int) -> Queue:
@@ -68,7 +77,9 @@ class Attacker:
         self.end.queues[index] = queue
         return queue
 
-    def start(self, base: int = 0) -> None:
+    def start(self, base: int | None = None) -> None:
+        """Starts the ring, or starts it again; None: where a new one starts."""
+        base = first_base(self.end.features) if base is None else base
         self.end.announce(self.queue, base=base)
 
     def __enter__(self) -> Self:
@@ -88,17 +99,34 @@ class Attacker:
             os.eventfd_write(self.queue.kick.fileno(), 1)
 
     def offer(self, *heads: int, jump: int = 0) -> None:
+        """Of a split ring: chains that stand in its table already."""
         self.ring.offer(*heads, jump=jump)
         self.kick()
 
+    def offer_chain(self, *pieces: tuple[int, int] | tuple[int, int, int], id: int = 0) -> None:
+        """Offers (GPA, length, flags) pieces."""
+        self.ring.offer_chain(*pieces, id=id)
+        self.kick()
+
+    def break_ring(self) -> None:
+        """What makes no sense of the ring itself: an index that jumps, a chain without end."""
+        if self.packed:
+            for i in range(self.ring.size):
+                self.ring.descriptor(i, GOOD, 8, 0, NEXT | self.ring.available())
+            self.kick()
+        else:
+            self.offer(jump=self.ring.size + 1)
+
     def comes_back(self, count: int = 1, deadline_s: float = 20) -> list[tuple[int, int]]:
         """Offers are answered: the used entries of the next `count` chains."""
-        start = getattr(self, "taken", 0)
-        eventually(
-            lambda: (self.ring.used_idx - start) % 65536 >= count, "a used entry", deadline_s
-        )
-        self.taken = (start + count) % 65536
-        return [self.ring.used(start + i) for i in range(count)]
+
+        def enough() -> bool:
+            self.back += self.ring.collect()
+            return len(self.back) >= count
+
+        eventually(enough, "a used entry", deadline_s)
+        entries, self.back = self.back[:count], self.back[count:]
+        return entries
 
     # Good behaviour, to see that all is well -------------------------------------------
 
@@ -108,15 +136,13 @@ class Attacker:
         The buffer is at GOOD and gets `data` before; where that is a length, nothing.
         """
         size = data if isinstance(data, int) else len(data)
-        last = self.ring.size - 1
         self.memory.write(STATUS, struct.pack("<IIQ", kind, 0, sector))
         self.memory.write(STATUS + 16, b"\xee")
         if isinstance(data, bytes):
             self.memory.write(GOOD, data)
-        self.ring.descriptor(last, STATUS, 16, NEXT, last - 1)
-        self.ring.descriptor(last - 1, GOOD, size, NEXT | (0 if kind else WRITE), last - 2)
-        self.ring.descriptor(last - 2, STATUS + 16, 1, WRITE)
-        self.offer(last)
+        pieces = [(STATUS, 16), (GOOD, size, 0 if kind else WRITE), (STATUS + 16, 1, WRITE)]
+        last = self.ring.size - 3
+        self.offer_chain(*pieces, id=last)
         assert self.comes_back()[0][0] == last
         return self.memory.read(STATUS + 16, 1)[0]
 
@@ -125,8 +151,7 @@ class Attacker:
         last = self.ring.size - 1
         data = bytes(12) + frame(to, mac(source), size)
         self.memory.write(GOOD, data)
-        self.ring.descriptor(last, GOOD, len(data))
-        self.offer(last)
+        self.offer_chain((GOOD, len(data)), id=last)
         assert self.comes_back() == [(last, 0)]
 
 

@@ -25,7 +25,7 @@ from tests.hostile.attacker import (
     meanwhile,
 )
 from tests.hostile.test_memory import huge_pages
-from tests.hostile.test_over_socket import QUEUES, each_device, proves_itself
+from tests.hostile.test_over_socket import QUEUES, each_device, each_layout, proves_itself
 from tests.hostile.victim import eventually
 from tests.rings import AVAIL, DESC, END, GPA, TABLES, USED
 from vhostpy._spec import Feature
@@ -47,28 +47,26 @@ def punch(fd: int, offset: int, size: int) -> None:
 
 
 def busy(attacker: Attacker, kind: str) -> None:
-    """Traffic of all that there is: descriptors, data both ways, status, indirect tables."""
-    ring = attacker.ring
+    """Traffic of all that there is: descriptors, data both ways, status."""
     attacker.memory.write(STATUS, struct.pack("<IIQ", 0, 0, 0))
-    ring.descriptor(0, STATUS, 16, NEXT, 1)
-    ring.descriptor(1, GOOD, 512, NEXT | WRITE, 2)
-    ring.descriptor(2, STATUS + 16, 1, WRITE)
-    ring.descriptor(3, GOOD, 1024)
-    heads = [0] * 8 if kind == "blk" else [3] * 8
-    attacker.offer(*heads)
+    request = [(STATUS, 16), (GOOD, 512, WRITE), (STATUS + 16, 1, WRITE)]
+    for _ in range(8):
+        attacker.ring.offer_chain(*(request if kind == "blk" else [(GOOD, 1024)]))
+    attacker.kick()
 
 
 # Files that shrink -------------------------------------------------------------------------
 
 
+@each_layout
 @each_device
 @pytest.mark.parametrize("kept", [0, 1 << 20, 2 << 20], ids=["nothing", "the ring", "a region"])
-def test_memory_truncated_while_in_use_ends_its_session(place, kind, kept):
+def test_memory_truncated_while_in_use_ends_its_session(place, kind, layout, kept):
     name, index = QUEUES[kind]
     with (
         place.unnoticed(),
         place.one_error("truncated"),
-        Attacker(place.path(name), index) as attacker,
+        Attacker(place.path(name), index, kind=layout) as attacker,
     ):
         proves_itself(attacker, kind)
         busy(attacker, kind)
@@ -212,10 +210,11 @@ def table_of(attacker: Attacker, fd: OwnedFd | None = None) -> None:
     attacker.end.request(R.SET_MEM_TABLE, MemoryTable(regions), fds)
 
 
+@each_layout
 @each_device
-def test_memory_table_swapped_a_thousand_times_under_traffic(place, kind):
+def test_memory_table_swapped_a_thousand_times_under_traffic(place, kind, layout):
     name, index = QUEUES[kind]
-    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+    with place.unnoticed(), Attacker(place.path(name), index, kind=layout) as attacker:
         sent = 0
         for i in range(1000):
             if i % 4 == 0:
@@ -227,10 +226,11 @@ def test_memory_table_swapped_a_thousand_times_under_traffic(place, kind):
         proves_itself(attacker, kind)
 
 
+@each_layout
 @each_device
-def test_region_withdrawn_under_a_running_ring(place, kind):
+def test_region_withdrawn_under_a_running_ring(place, kind, layout):
     name, index = QUEUES[kind]
-    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+    with place.unnoticed(), Attacker(place.path(name), index, kind=layout) as attacker:
         region = attacker.end.shared.regions[0]  # the ring's own
         other = attacker.end.shared.regions[1]  # that of its buffers
         for _ in range(20):
@@ -240,7 +240,9 @@ def test_region_withdrawn_under_a_running_ring(place, kind):
             attacker.comes_back(8)
         before = place.victim.counters(name)["chain_faults.unmapped"]
         attacker.end.rem_mem_reg(other)
-        attacker.offer(*[3] * 8)
+        for _ in range(8):
+            attacker.ring.offer_chain((GOOD, 1024))
+        attacker.kick()
         attacker.comes_back(8)
         assert place.victim.counters(name)["chain_faults.unmapped"] == before + 8
         attacker.end.add_mem_reg(other)

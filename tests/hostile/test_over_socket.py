@@ -11,7 +11,8 @@ import os
 import random
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.hostile.attacker import (
 )
 from tests.hostile.conftest import place_of
 from tests.hostile.victim import eventually
-from tests.rings import AVAIL, BORDER, END, GPA, TABLES, USED, SplitGuest
+from tests.rings import AVAIL, BORDER, DESC, END, GPA, LAYOUTS, TABLES, USED
 from vhostpy._spec import Feature
 from vhostpy.frontend import FrontEnd
 from vhostpy.payloads import U64, VringFile, VringState
@@ -40,6 +41,7 @@ from vhostpy.protocol import encode
 EVENT_IDX = 1 << Feature.EVENT_IDX
 QUEUES = {"net": ("bad0", 1), "blk": ("badram", 0)}
 each_device = pytest.mark.parametrize("kind", ["net", "blk"])
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def proves_itself(attacker: Attacker, kind: str) -> None:
@@ -53,92 +55,108 @@ def proves_itself(attacker: Attacker, kind: str) -> None:
 # Chains ------------------------------------------------------------------------------------
 
 
-def chain(
-    *descriptors: tuple[int, int, int, int], table: tuple = ()
-) -> Callable[[SplitGuest], None]:
-    """Descriptors (address, length, flags, next) from 0 on, and those of an indirect table."""
-
-    def build(ring: SplitGuest) -> None:
-        for i, descriptor in enumerate(descriptors):
-            ring.descriptor(i, *descriptor)
-        for i, descriptor in enumerate(table):
-            ring.descriptor(i, *descriptor, table=TABLES)
-
-    return build
+Offer = Callable[[Any, int], None]  # (ring, more flags of each buffer)
+Piece = tuple[int, int] | tuple[int, int, int]
 
 
-def loop_of_all(ring: SplitGuest) -> None:
-    for i in range(SIZE - 3):
-        ring.descriptor(i, GOOD, 8, NEXT, (i + 1) % (SIZE - 3))
+def chain(*pieces: Piece, table: Sequence[Piece] = (), at: int = TABLES) -> Offer:
+    """(Address, length, flags) of each descriptor, and those of an indirect table."""
+
+    def offer(ring: Any, more: int) -> None:
+        if table:
+            ring.write_table(at, *((*piece, more) for piece in table))
+        ring.offer_chain(*((*p, 0 if INDIRECT in p[2:] else more) for p in pieces))
+
+    return offer
 
 
-def tiny_ones_up_to_64_kib(ring: SplitGuest) -> None:
-    """65,536 bytes in an indirect table of 4,096 descriptors; beyond what a chain may have."""
-    for i in range(4096):
-        ring.descriptor(i, GOOD, 16, NEXT, i + 1, table=TABLES)
-    ring.descriptor(0, TABLES, 16 * 4096, INDIRECT)
+def split(*descriptors: tuple[int, int, int, int], table: Sequence = ()) -> Offer:
+    """As they stand in a split ring: (address, length, flags, next)."""
+
+    def offer(ring: Any, more: int) -> None:
+        for place, entries in ((DESC, descriptors), (TABLES, table)):
+            for i, (gpa, length, flags, next) in enumerate(entries):
+                flags |= 0 if flags & INDIRECT else more
+                ring.descriptor(i, gpa, length, flags, next, table=place)
+        ring.offer(0)
+
+    return offer
 
 
 BAD_CHAINS = {
-    "CVE-2018-1059: begins in memory, ends outside": ("unmapped", chain((END - 8, 16, 0, 0))),
-    "outside memory": ("unmapped", chain((0, 8, 0, 0))),
-    "wraps at 2**64": ("unmapped", chain((2**64 - 8, 16, 0, 0))),
-    "4 GiB long": ("unmapped", chain((GPA, 0xFFFFFFFF, 0, 0))),
-    "CVE-2020-10725: zero length": ("zero_length", chain((GOOD, 0, 0, 0))),
-    "CVE-2020-10725: zero length behind a good one": (
-        "zero_length",
-        chain((GOOD, 64, NEXT, 1), (GOOD, 0, 0, 0)),
-    ),
-    "loop of one": ("too_long", chain((GOOD, 8, NEXT, 0))),
-    "loop of all": ("too_long", loop_of_all),
-    "next beyond the ring": ("bad_index", chain((GOOD, 8, NEXT, SIZE))),
-    "next of 65535": ("bad_index", chain((GOOD, 8, NEXT, 65535))),
-    "readable behind writable": ("bad_order", chain((GOOD, 64, NEXT | WRITE, 1), (GOOD, 8, 0, 0))),
-    "indirect: of 0 entries": ("bad_indirect", chain((TABLES, 0, INDIRECT, 0))),
-    "indirect: 17 bytes": ("bad_indirect", chain((TABLES, 17, INDIRECT, 0))),
-    "indirect: with NEXT": ("bad_indirect", chain((TABLES, 16, INDIRECT | NEXT, 1))),
-    "indirect in indirect": (
-        "bad_indirect",
-        chain((TABLES, 16, INDIRECT, 0), table=((TABLES, 16, INDIRECT, 0),)),
-    ),
-    "indirect: outside memory": ("unmapped", chain((0, 32, INDIRECT, 0))),
+    "CVE-2018-1059: begins in memory, ends outside": ("unmapped", chain((END - 8, 16))),
+    "outside memory": ("unmapped", chain((0, 8))),
+    "wraps at 2**64": ("unmapped", chain((2**64 - 8, 16))),
+    "4 GiB long": ("unmapped", chain((GPA, 0xFFFFFFFF))),
+    "CVE-2020-10725: zero length": ("zero_length", chain((GOOD, 0))),
+    "CVE-2020-10725: zero length behind a good one": ("zero_length", chain((GOOD, 64), (GOOD, 0))),
+    "readable behind writable": ("bad_order", chain((GOOD, 64, WRITE), (GOOD, 8))),
+    "indirect: of 0 entries": ("bad_indirect", chain((TABLES, 0, INDIRECT))),
+    "indirect: 17 bytes": ("bad_indirect", chain((TABLES, 17, INDIRECT))),
+    "indirect: with NEXT": ("bad_indirect", chain((TABLES, 16, INDIRECT), (GOOD, 8))),
+    "indirect: outside memory": ("unmapped", chain((0, 32, INDIRECT))),
     "indirect: ends outside memory": (
         "unmapped",
-        lambda ring: (
-            ring.descriptor(0, GOOD, 8, NEXT, 1, table=END - 16),
-            ring.descriptor(0, END - 16, 32, INDIRECT),
-        ),
+        chain((END - 16, 32, INDIRECT), table=[(GOOD, 8, NEXT)], at=END - 16),
     ),
     "indirect: table across two regions, its second half bad": (
         "unmapped",
-        lambda ring: (
-            ring.descriptor(0, GOOD, 8, NEXT, 1, table=BORDER - 24),
-            ring.descriptor(1, 0, 8, table=BORDER - 24),
-            ring.descriptor(0, BORDER - 24, 32, INDIRECT),
-        ),
+        chain((BORDER - 24, 32, INDIRECT), table=[(GOOD, 8), (0, 8)], at=BORDER - 24),
+    ),
+    "indirect: 2**28 - 1 entries": ("too_long", chain((TABLES, 0xFFFFFFF0, INDIRECT))),
+    # Beyond what a chain may have.
+    "64 KiB of tiny descriptors": (
+        "too_long",
+        chain((TABLES, 16 * 4096, INDIRECT), table=[(GOOD, 16)] * 4096),
+    ),
+}
+# A packed ring's chains are those that come one after the other, and in a table of its
+# only WRITE means anything.
+BAD_SPLIT_CHAINS = {
+    "loop of one": ("too_long", split((GOOD, 8, NEXT, 0))),
+    "loop of all": (
+        "too_long",
+        split(*((GOOD, 8, NEXT, (i + 1) % (SIZE - 3)) for i in range(SIZE - 3))),
+    ),
+    "next beyond the ring": ("bad_index", split((GOOD, 8, NEXT, SIZE))),
+    "next of 65535": ("bad_index", split((GOOD, 8, NEXT, 65535))),
+    "indirect in indirect": (
+        "bad_indirect",
+        split((TABLES, 16, INDIRECT, 0), table=[(TABLES, 16, INDIRECT, 0)]),
     ),
     "indirect: loop": (
         "too_long",
-        chain((TABLES, 32, INDIRECT, 0), table=((GOOD, 8, NEXT, 1), (GOOD, 8, NEXT, 0))),
+        split((TABLES, 32, INDIRECT, 0), table=[(GOOD, 8, NEXT, 1), (GOOD, 8, NEXT, 0)]),
     ),
     "indirect: next beyond its table": (
         "bad_index",
-        chain((TABLES, 32, INDIRECT, 0), table=((GOOD, 8, NEXT, 2), (GOOD, 8, 0, 0))),
+        split((TABLES, 32, INDIRECT, 0), table=[(GOOD, 8, NEXT, 2), (GOOD, 8, 0, 0)]),
     ),
-    "indirect: 2**28 - 1 entries": ("too_long", chain((TABLES, 0xFFFFFFF0, INDIRECT, 0))),
-    "64 KiB of tiny descriptors": ("too_long", tiny_ones_up_to_64_kib),
 }
+each_bad_chain = pytest.mark.parametrize(
+    ("layout", "fault", "offer"),
+    [
+        pytest.param(layout, *bad, id=f"{layout}: {name}")
+        for layout, chains in (
+            ("split", BAD_CHAINS | BAD_SPLIT_CHAINS),
+            ("packed", BAD_CHAINS),
+        )
+        for name, bad in chains.items()
+    ],
+)
 
 
 @each_device
-@pytest.mark.parametrize(("fault", "build"), BAD_CHAINS.values(), ids=BAD_CHAINS.keys())
-def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, fault, build):
+@each_bad_chain
+def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, layout, fault, offer):
     name, index = QUEUES[kind]
-    with place.unnoticed(), Attacker(place.path(name), index) as attacker:
+    with place.unnoticed(), Attacker(place.path(name), index, kind=layout) as attacker:
         before = place.victim.counters(name)
-        build(attacker.ring)
-        attacker.offer(*[0] * 40)
-        assert attacker.comes_back(40) == [(0, 0)] * 40
+        for _ in range(4):
+            for _ in range(10):
+                offer(attacker.ring, 0)
+            attacker.kick()
+            assert attacker.comes_back(10) == [(0, 0)] * 10
         proves_itself(attacker, kind)
         after = place.victim.counters(name)
         assert after[f"chain_faults.{fault}"] == before[f"chain_faults.{fault}"] + 40
@@ -146,28 +164,17 @@ def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, fault, build):
             assert after["drops.bad_chain"] == before["drops.bad_chain"] + 40
 
 
-@pytest.mark.parametrize(("fault", "build"), BAD_CHAINS.values(), ids=BAD_CHAINS.keys())
-def test_bad_receive_buffer_comes_back_and_is_counted_by_name(place, fault, build):
-    def writable(ring: SplitGuest) -> None:
-        build(ring)
-        for table, count in ((GPA, SIZE), (TABLES, 4096), (END - 16, 1), (BORDER - 24, 2)):
-            for at in range(table, table + 16 * count, 16):
-                flags = ring.u16(at + 12)
-                alone = at == GPA or table in (END - 16, BORDER - 24)
-                if (flags and not flags & INDIRECT) or alone:
-                    ring.put_u16(at + 12, flags | WRITE)
-
+@each_bad_chain
+def test_bad_receive_buffer_comes_back_and_is_counted_by_name(place, layout, fault, offer):
     with (
         place.unnoticed(),
-        Attacker(place.path("bad0"), 0) as receiver,
-        Attacker(place.path("bad1"), 1) as sender,
+        Attacker(place.path("bad0"), 0, kind=layout) as receiver,
+        Attacker(place.path("bad1"), 1, kind=layout) as sender,
     ):
         before = place.victim.counters("bad0")
-        if fault == "bad_order":
-            build(receiver.ring)
-        else:
-            writable(receiver.ring)
-        receiver.offer(0, 0)
+        for _ in range(2):
+            offer(receiver.ring, 0 if fault == "bad_order" else WRITE)
+        receiver.kick()
         # Nobody knows that address: the frame is flooded to all, the innocent too.
         sender.send(to=mac(0xFFFF))
         assert receiver.comes_back(2) == [(0, 0)] * 2
@@ -175,33 +182,30 @@ def test_bad_receive_buffer_comes_back_and_is_counted_by_name(place, fault, buil
         assert after[f"buffer_faults.{fault}"] == before[f"buffer_faults.{fault}"] + 2
 
 
-def test_header_over_many_descriptors_and_frames_shorter_than_it(place):
+@each_layout
+def test_header_over_many_descriptors_and_frames_shorter_than_it(place, layout):
     """CVE-2022-2132: a chain shorter than the header, or the header over many pieces."""
-    with place.unnoticed(), Attacker(place.path("bad0"), 1) as attacker:
+    with place.unnoticed(), Attacker(place.path("bad0"), 1, kind=layout) as attacker:
         before = place.victim.counters("bad0")
         for length in (1, 11, 12, 13, 25):
-            attacker.ring.descriptor(0, GOOD, length)
-            attacker.offer(0)
-        for i in range(26):
-            more = NEXT if i < 25 else 0
-            attacker.ring.descriptor(i + 1, GOOD + i, 1, more, i + 2)
-        attacker.offer(1)
+            attacker.offer_chain((GOOD, length))
+        attacker.offer_chain(*[(GOOD + i, 1) for i in range(26)], id=1)
         attacker.comes_back(6)
         after = place.victim.counters("bad0")
         assert after["drops.too_short"] == before["drops.too_short"] + 5
         assert after["from_guest_bytes"] == before["from_guest_bytes"] + 14
-        attacker.ring.descriptor(0, GPA, 70000)
-        attacker.offer(0)
+        attacker.offer_chain((GPA, 70000))
         attacker.comes_back()
         assert place.victim.counters("bad0")["drops.too_long"] == before["drops.too_long"] + 1
 
 
-def test_headers_of_offloads_that_nobody_negotiated(place):
+@each_layout
+def test_headers_of_offloads_that_nobody_negotiated(place, layout):
     """CVE-2024-11614, GSO: what the header says means nothing, and arrives nowhere."""
     with (
         place.unnoticed(),
-        Attacker(place.path("bad0"), 0) as receiver,
-        Attacker(place.path("bad1"), 1) as sender,
+        Attacker(place.path("bad0"), 0, kind=layout) as receiver,
+        Attacker(place.path("bad1"), 1, kind=layout) as sender,
     ):
         headers = [
             struct.pack("<BBHHHHH", flags, gso, 65535, size, 65535, 65535, 65535)
@@ -210,17 +214,15 @@ def test_headers_of_offloads_that_nobody_negotiated(place):
             for size in (0, 1, 65535)
         ]
         for i in range(len(headers)):
-            receiver.ring.descriptor(i, GOOD + 4096 * (i + 1), 2048, WRITE)
-        receiver.offer(*range(len(headers)))
+            receiver.offer_chain((GOOD + 4096 * (i + 1), 2048, WRITE), id=i)
         for header in headers:
             data = header + frame(mac(0xFFFF), mac(0xBAD), 200)
             sender.memory.write(GOOD, data)
-            sender.ring.descriptor(0, GOOD, len(data))
-            sender.offer(0)
+            sender.offer_chain((GOOD, len(data)))
             sender.comes_back()
-        for head, length in receiver.comes_back(len(headers)):
+        for id, length in receiver.comes_back(len(headers)):
             assert length == 12 + 200
-            header = receiver.memory.read(GOOD + 4096 * (head + 1), 12)
+            header = receiver.memory.read(GOOD + 4096 * (id + 1), 12)
             assert header == bytes(10) + b"\1\0"
 
 
@@ -249,20 +251,18 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize(
     ("kind", "sector", "size", "writable", "status"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys()
 )
+@each_layout
 def test_bad_request_gets_its_status_and_touches_nothing(
-    place, disk, kind, sector, size, writable, status
+    place, layout, disk, kind, sector, size, writable, status
 ):
-    with place.unnoticed(), Attacker(place.path(disk)) as attacker:
+    with place.unnoticed(), Attacker(place.path(disk), kind=layout) as attacker:
         marks = os.urandom(512)
         for where in (0, CAPACITY - 1):
             assert attacker.request(1, where, marks) == 0
         attacker.memory.write(GOOD, b"\xff" * 4096)
         attacker.memory.write(STATUS, struct.pack("<IIQ", kind, 0, sector) + b"\xee" * 2)
-        ring = attacker.ring
-        ring.descriptor(0, STATUS, 16, NEXT, 1 if size else 2)
-        ring.descriptor(1, GOOD, size, NEXT | writable * WRITE, 2)
-        ring.descriptor(2, STATUS + 16, 1, WRITE)
-        attacker.offer(0)
+        data = [(GOOD, size, writable * WRITE)] if size else []
+        attacker.offer_chain((STATUS, 16), *data, (STATUS + 16, 1, WRITE))
         assert attacker.comes_back() == [(0, 1)]
         assert attacker.memory.read(STATUS + 16, 2) == bytes([status, 0xEE])
         assert attacker.memory.read(GOOD, 4096) == b"\xff" * 4096
@@ -271,14 +271,13 @@ def test_bad_request_gets_its_status_and_touches_nothing(
             assert attacker.memory.read(GOOD, 512) == marks
 
 
-def test_requests_without_a_status_or_a_header_come_back(place):
-    with place.unnoticed(), Attacker(place.path("badram")) as attacker:
+@each_layout
+def test_requests_without_a_status_or_a_header_come_back(place, layout):
+    with place.unnoticed(), Attacker(place.path("badram"), kind=layout) as attacker:
         before = place.victim.counters("badram")
-        attacker.ring.descriptor(0, GOOD, 16)  # no status
-        attacker.ring.descriptor(1, GOOD, 15, NEXT, 2)  # a header too short
-        attacker.ring.descriptor(2, STATUS, 1, WRITE)
-        attacker.ring.descriptor(3, STATUS, 1, WRITE)  # none at all
-        attacker.offer(0, 1, 3)
+        attacker.offer_chain((GOOD, 16), id=0)  # no status
+        attacker.offer_chain((GOOD, 15), (STATUS, 1, WRITE), id=1)  # a header too short
+        attacker.offer_chain((STATUS, 1, WRITE), id=3)  # none at all
         assert attacker.comes_back(3) == [(0, 0), (1, 1), (3, 1)]
         after = place.victim.counters("badram")
         assert after["bad_chains"] == before["bad_chains"] + 1
@@ -286,14 +285,12 @@ def test_requests_without_a_status_or_a_header_come_back(place):
         assert attacker.memory.read(STATUS, 2) == b"\1\0"
 
 
-def test_get_id_into_a_short_buffer_writes_no_byte_beyond(place):
-    with place.unnoticed(), Attacker(place.path("badram")) as attacker:
+@each_layout
+def test_get_id_into_a_short_buffer_writes_no_byte_beyond(place, layout):
+    with place.unnoticed(), Attacker(place.path("badram"), kind=layout) as attacker:
         attacker.memory.write(GOOD, b"\xff" * 64)
         attacker.memory.write(STATUS, struct.pack("<IIQ", 8, 0, 0))
-        attacker.ring.descriptor(0, STATUS, 16, NEXT, 1)
-        attacker.ring.descriptor(1, GOOD, 3, NEXT | WRITE, 2)
-        attacker.ring.descriptor(2, STATUS + 16, 1, WRITE)
-        attacker.offer(0)
+        attacker.offer_chain((STATUS, 16), (GOOD, 3, WRITE), (STATUS + 16, 1, WRITE))
         assert attacker.comes_back() == [(0, 4)]
         assert attacker.memory.read(GOOD, 64) == bytes(3) + b"\xff" * 61
 
@@ -317,13 +314,30 @@ def test_index_that_jumps_breaks_its_ring_and_raises_the_error_event(place, kind
         proves_itself(attacker, kind)
 
 
-def test_receive_ring_whose_index_jumps_raises_the_error_event(place):
+@each_device
+def test_chain_without_an_end_breaks_its_packed_ring_and_raises_the_error_event(place, kind):
+    name, index = QUEUES[kind]
+    with place.unnoticed(), Attacker(place.path(name), index, kind="packed") as attacker:
+        proves_itself(attacker, kind)
+        attacker.break_ring()
+        assert attacker.queue.wait_err()
+        place.innocent.goes_on()
+        # It lives again, started anew at the same place.
+        base = attacker.end.stop_queue(index)
+        attacker.memory.write(DESC, bytes(16 * SIZE))
+        attacker.ring.restart(base)
+        attacker.start(base)
+        proves_itself(attacker, kind)
+
+
+@each_layout
+def test_receive_ring_that_makes_no_sense_raises_the_error_event(place, layout):
     with (
         place.unnoticed(),
-        Attacker(place.path("bad0"), 0) as receiver,
-        Attacker(place.path("bad1"), 1) as sender,
+        Attacker(place.path("bad0"), 0, kind=layout) as receiver,
+        Attacker(place.path("bad1"), 1, kind=layout) as sender,
     ):
-        receiver.offer(jump=SIZE + 1)
+        receiver.break_ring()
         sender.send(to=mac(0xFFFF))
         assert receiver.queue.wait_err()
         for _ in range(3):
@@ -356,38 +370,47 @@ def test_indexes_that_jump_about_while_the_ring_is_polled(place, kind):
 # What changes between two looks ------------------------------------------------------------
 
 
+@each_layout
 @each_device
-def test_descriptors_that_change_while_they_are_read(place, kind):
-    """Double fetch: length, address, flags and next flip all the while."""
+def test_descriptors_that_change_while_they_are_read(place, kind, layout):
+    """Double fetch: length, address, flags and next (in a packed ring, the id) flip all the
+    while, in an indirect table too."""
     name, index = QUEUES[kind]
-    with place.unnoticed(), Attacker(place.path(name), index, features=FEATURES) as attacker:
-        memory = attacker.memory
+    with place.unnoticed(), Attacker(place.path(name), index, kind=layout) as attacker:
+        memory, ring = attacker.memory, attacker.ring
         memory.write(STATUS, struct.pack("<IIQ", 1, 0, 0))
-        good = [
-            struct.pack("<QIHH", STATUS, 16, NEXT, 1),
-            struct.pack("<QIHH", GOOD, 512, NEXT, 2),
-            struct.pack("<QIHH", STATUS + 16, 1, WRITE, 0),
-        ]
-        bad = [
-            struct.pack("<QIHH", 2**64 - 16, 0xFFFFFFFF, NEXT, 1),
-            struct.pack("<QIHH", END - 8, 4096, NEXT | WRITE, 0),
-            struct.pack("<QIHH", 0, 1, INDIRECT, 65535),
-        ]
-        flips = itertools.cycle([*enumerate(good), *enumerate(bad)])
+        good = [(STATUS, 16, NEXT, 1), (GOOD, 512, NEXT, 2), (STATUS + 16, 1, WRITE, 0)]
+        bad = [(2**64 - 16, 0xFFFFFFFF, NEXT, 1), (END - 8, 4096, NEXT | WRITE, 0)]
+        bad.append((0, 1, INDIRECT, 65535))
+        # Those of a packed ring are the driver's only until it has shown them.
+        flips = itertools.cycle(
+            (TABLES if layout == "packed" else place, i, descriptor)
+            for place in (DESC, TABLES)
+            for descriptors in (good, bad)
+            for i, descriptor in enumerate(descriptors)
+        )
 
         def flip() -> None:
             for _ in range(100):
-                at, data = next(flips)
-                memory.write(GPA + 16 * at, data)
+                place, i, (gpa, length, flags, next) = next_flip()
+                ring.descriptor(i, gpa, length, flags, next, table=place)
+
+        def next_flip() -> Any:
+            return next(flips)
 
         total = 0
         with meanwhile(flip):
             end = time.monotonic() + 1.5
             while time.monotonic() < end:
-                attacker.offer(*[0] * 32)
-                used = attacker.comes_back(32)
-                assert {head for head, _ in used} == {0}
-                total += 32
+                for _ in range(16):
+                    if layout == "split":
+                        ring.offer(0)
+                    ring.offer_chain((TABLES, 48, INDIRECT), id=SIZE - 1)
+                attacker.kick()
+                count = 32 if layout == "split" else 16
+                used = attacker.comes_back(count)
+                assert {head for head, _ in used} <= {0, SIZE - 1}
+                total += count
         assert total > 100
         proves_itself(attacker, kind)
 
@@ -444,17 +467,17 @@ def full_and_blocking(call) -> None:
     os.set_blocking(call, True)
 
 
+@each_layout
 @each_device
-def test_call_fd_that_is_full_and_blocks_ends_its_session(place, kind):
+def test_call_fd_that_is_full_and_blocks_ends_its_session(place, kind, layout):
     name, index = QUEUES[kind]
     with (
         place.unnoticed(),
         place.one_error("call fd"),
-        Attacker(place.path(name), index) as attacker,
+        Attacker(place.path(name), index, kind=layout) as attacker,
     ):
         full_and_blocking(attacker.queue.call.fileno())
-        attacker.ring.descriptor(0, 0, 8)
-        attacker.offer(0)
+        attacker.offer_chain((0, 8))
         place.innocent.goes_on()
         assert attacker.end.hung_up()
 
@@ -664,15 +687,16 @@ def test_flood_to_64_ports_leaves_time_for_a_handshake(tmp_path):
 # The end -----------------------------------------------------------------------------------
 
 
+@each_layout
 @each_device
-def test_front_end_that_goes_in_the_middle_of_anything(place, kind):
+def test_front_end_that_goes_in_the_middle_of_anything(place, kind, layout):
     name, index = QUEUES[kind]
     dice = random.Random(3)
     with place.unnoticed():
         for _ in range(40):
-            attacker = Attacker(place.path(name), index)
+            attacker = Attacker(place.path(name), index, kind=layout)
             steps: list[Callable[[], object]] = [
-                lambda a=attacker: a.offer(*[0] * dice.randrange(1, SIZE)),
+                lambda a=attacker: offer_some(a, dice.randrange(1, SIZE // 2)),
                 lambda a=attacker: a.end.send_raw(
                     encode(R.GET_VRING_BASE, VringState(index, 0))[: dice.randrange(1, 20)]
                 ),
@@ -680,13 +704,17 @@ def test_front_end_that_goes_in_the_middle_of_anything(place, kind):
                 lambda a=attacker: a.end.send_raw(encode(R.REM_MEM_REG, _region(a)), []),
                 lambda a=attacker: os.ftruncate(a.end.shared.fd.fileno(), 0),
             ]
-            attacker.ring.descriptor(0, GOOD, 512, NEXT, 1)
-            attacker.ring.descriptor(1, STATUS, 512, WRITE)
             for step in dice.sample(steps, dice.randrange(1, len(steps))):
                 with contextlib.suppress(ConnectionError):
                     step()
             attacker.end.close()
         eventually(place.victim.is_quiet)
+
+
+def offer_some(attacker: Attacker, count: int) -> None:
+    for _ in range(count):
+        attacker.ring.offer_chain((GOOD, 512), (STATUS, 512, WRITE))
+    attacker.kick()
 
 
 def _region(attacker: Attacker):

@@ -15,7 +15,7 @@ import pytest
 from tests.hostile.attacker import BORDER, FEATURES, GOOD, Attacker
 from tests.hostile.conftest import Place, place_of
 from tests.hostile.test_messages import conversation, memory_file
-from tests.rings import AVAIL, DESC, END, GPA, TABLES, USED
+from tests.rings import AVAIL, AVAILABLE, DESC, END, GPA, IS_USED, LAYOUTS, TABLES, USED
 from vhostpy._spec import Feature
 from vhostpy.errors import VhostpyError
 from vhostpy.fds import OwnedFd
@@ -62,11 +62,12 @@ class Chaos:
 
     def session(self, until: float) -> None:
         features = FEATURES | self.dice.randrange(2) << Feature.EVENT_IDX
+        layout = self.dice.choice(LAYOUTS)
         self.sessions += 1
         with (
             contextlib.suppress(OSError, VhostpyError),
             Attacker(
-                self.place.path(self.name), self.index, features=features, size=SIZE
+                self.place.path(self.name), self.index, features=features, size=SIZE, kind=layout
             ) as attacker,
         ):
             for _ in range(self.dice.randrange(200)):
@@ -75,22 +76,38 @@ class Chaos:
                     break
 
     def step(self, attacker: Attacker) -> None:
+        for _ in range(self.dice.randrange(1, 10)):
+            self.scribble(attacker)
+        self.change(attacker)
+        count = self.dice.randrange(1, 32)
+        self.chains += count
+        if attacker.packed:
+            self.offer_packed(attacker, count)
+        else:
+            self.offer_split(attacker, count)
+
+    def scribble(self, attacker: Attacker) -> None:
+        dice = self.dice
+        words = [  # next or id, and flags
+            dice.choice([dice.randrange(SIZE), dice.randrange(8), 64, 65535]),
+            dice.choice([0, 0, 1, 1, 1, 2, 3, 3, 4, 5, 7]),
+        ]
+        if attacker.packed:
+            words[1] |= dice.choice([0, AVAILABLE, IS_USED, AVAILABLE | IS_USED])
+        else:
+            words.reverse()
+        table = dice.choice([DESC, DESC, DESC, TABLES])
+        address, length = dice.choice(ADDRESSES), dice.choice(LENGTHS)
+        attacker.ring.descriptor(dice.randrange(16), address, length, *words, table=table)
+
+    def change(self, attacker: Attacker) -> None:
         dice, ring = self.dice, attacker.ring
-        for _ in range(dice.randrange(1, 10)):
-            next_one = dice.choice([dice.randrange(SIZE), dice.randrange(8), 64, 65535])
-            flags = dice.choice([0, 0, 1, 1, 1, 2, 3, 3, 4, 5, 7])
-            ring.descriptor(
-                dice.randrange(16),
-                dice.choice(ADDRESSES),
-                dice.choice(LENGTHS),
-                flags,
-                next_one,
-                table=dice.choice([DESC, DESC, DESC, TABLES]),
-            )
         roll = dice.random()
-        if roll < 0.02:
+        if roll < 0.02 and not attacker.packed:
             attacker.offer(jump=dice.choice([1, 64, 65, 32768, 65535]))
-        elif roll < 0.03:
+        elif roll < 0.02:
+            attacker.break_ring()
+        elif roll < 0.03 and not attacker.packed:
             attacker.offer(dice.choice([64, 65535]))
         elif roll < 0.04:
             os.ftruncate(attacker.end.shared.fd.fileno(), dice.choice([0, 1 << 20, 2 << 20]))
@@ -99,8 +116,9 @@ class Chaos:
             ring.put_u16(AVAIL, dice.randrange(2))
         elif roll < 0.10:
             base = attacker.end.stop_queue(self.index)
-            for at in (AVAIL + 2, USED + 2):
+            for at in () if attacker.packed else (AVAIL + 2, USED + 2):
                 ring.put_u16(at, base)
+            ring.restart(base)
             attacker.start(base)
         elif roll < 0.12:
             region = dice.choice(attacker.end.shared.regions)
@@ -108,15 +126,32 @@ class Chaos:
             attacker.end.add_mem_reg(region)
         elif roll < 0.14:
             attacker.end.enable(self.index, bool(dice.randrange(2)))
-        heads = [dice.randrange(16) for _ in range(dice.randrange(1, 32))]
-        before = ring.used_idx
-        attacker.offer(*heads)
-        self.chains += len(heads)
+
+    def offer_split(self, attacker: Attacker, count: int) -> None:
+        before = attacker.ring.used_idx
+        attacker.offer(*[self.dice.randrange(16) for _ in range(count)])
         # They scribble over their own rings: some wait for nothing.
         end = time.monotonic() + 0.02
-        while (ring.used_idx - before) % 65536 < len(heads) and time.monotonic() < end:
+        while (attacker.ring.used_idx - before) % 65536 < count and time.monotonic() < end:
             time.sleep(0)
         self.hung += time.monotonic() >= end
+
+    def offer_packed(self, attacker: Attacker, count: int) -> None:
+        dice, ring = self.dice, attacker.ring
+        for _ in range(count):
+            pieces = [
+                (dice.choice(ADDRESSES), dice.choice(LENGTHS), dice.choice([0, 0, 2, 2, 4, 6]))
+                for _ in range(dice.choice([1, 1, 2, 3]))
+            ]
+            ring.offer_chain(*pieces, id=dice.choice([dice.randrange(SIZE), 64, 65535]))
+        attacker.kick()
+        end = time.monotonic() + 0.002 * count
+        before = ring.seen
+        while ring.seen - before < count and time.monotonic() < end:
+            # What it has overwritten itself can't be told any more.
+            with contextlib.suppress(KeyError, IndexError):
+                ring.collect()
+            time.sleep(0)
 
 
 def soak(place: Place, seconds: float, seed: int) -> dict[str, int]:
