@@ -432,7 +432,7 @@ def test_mutated_conversation_ends_in_answers_or_one_error_and_no_file(seed):
         talk.session.close()
         del talk
     assert sessions_ended > 50  # else nothing was mutated
-    assert open_fds() == before
+    assert open_fds() <= before  # a close of before may have been slow
 
 
 @pytest.mark.long
