@@ -192,7 +192,8 @@ def _start(plan: BlkPlan, front_end: FrontEnd) -> tuple[DiskConfig, list[tuple[Q
 
 
 def _wanted(plan: BlkPlan) -> int:
-    bits = [Feature.VERSION_1, Feature.BLK_RO]
+    # FLUSH as every guest has it: a disk without it has to write through.
+    bits = [Feature.VERSION_1, Feature.BLK_RO, Feature.BLK_FLUSH]
     flags = {
         Feature.BLK_MQ: plan.queues > 1,
         Feature.INDIRECT_DESC: plan.indirect,
