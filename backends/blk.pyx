@@ -183,7 +183,7 @@ cdef class DiskQueue(Pollable):
             return 0            # what completes meanwhile waits in the channel
         if self.free_count < self.slot_count:
             found = self.complete()
-        if not load_acquire_u32(&self.draining):
+        if not load_acquire_u32(&self.draining) or self.virtqueue.has_again():
             found += self.take(turn)
         found += self.submit()
         if self.free_count < self.slot_count:

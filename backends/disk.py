@@ -14,7 +14,7 @@ from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.backends.blk import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS, SEG_MAX, DiskQueue
 from vhostpy.backends.storage._storage import Storage
-from vhostpy.errors import ConfigError, ProtocolError, Refused
+from vhostpy.errors import ConfigError, GuestError, ProtocolError, Refused
 from vhostpy.worker import Workers
 
 log = logging.getLogger("vhostpy")
@@ -112,7 +112,7 @@ class Disk:
         return sum(1 << bit for bit in bits)
 
     def protocol_features(self) -> int:
-        return 1 << ProtocolFeature.CONFIG
+        return 1 << ProtocolFeature.CONFIG | 1 << ProtocolFeature.INFLIGHT_SHMFD
 
     def config(self) -> bytes:
         sectors = self.storage.size_bytes // SECTOR
@@ -171,6 +171,14 @@ class Disk:
 
     def ring_started(self, index: int, virtqueue: Virtqueue, kick_fd: int) -> None:
         self._bury()
+        if virtqueue.again and self._hung:
+            # They may be the same ones. Done twice, side by side, the one that hangs could
+            # write what the guest has put into its buffer since the other was done.
+            raise GuestError(
+                f"{self.name}: ring {index}: {virtqueue.again} requests would be done again, and "
+                "requests of a session before still hang",
+                "see whether the storage answers; the front-end has to connect again",
+            )
         queue = DiskQueue(
             virtqueue,
             self.storage,
@@ -202,19 +210,25 @@ class Disk:
         queue = self._rings[index].queue
         queue.drain()
         self.workers.wait()  # a turn under way may still take something
-        if not queue.virtqueue.live:
+        live = queue.virtqueue.live
+        if not live:
             # The session ends in the middle of a change: nobody can be answered.
             queue.abandon()
             self.workers.nudge()
         deadline = time.monotonic() + deadline_s
         pause_s = 0.0005
-        while queue.inflight:
+        while True:
+            # What a killed back-end had under way is taken all the same: the front-end
+            # could not tell another one of it.
+            again = queue.virtqueue.again if live else 0
+            self.workers.wait()
+            if not again and not queue.inflight:
+                return True
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
             await asyncio.sleep(min(pause_s, left))
             pause_s = min(2 * pause_s, 0.02)
-        return True
 
     def ring_stopped(self, index: int) -> None:
         ring = self._rings.pop(index)

@@ -49,6 +49,7 @@ cdef struct Chain:
     uint32_t readable_bytes
     uint32_t writable_bytes
     uint32_t fault         # ChainFault
+    uint16_t entry         # packed, where chains outlive us: the first one of its record
 
 cdef struct Scratch:
     # Segments of the chains that are out; reset by whoever starts a turn.

@@ -2,7 +2,25 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._chain cimport Chain, Scratch
 from vhostpy._ends cimport DriverRing, Ring, UsedEntry
+from vhostpy._spec cimport DescriptorFlag
 from vhostpy.memory cimport Segment
+
+cdef enum:
+    INDEX = 0x7fff          # of a position
+    WRAP = 0x8000
+    OWNER = DescriptorFlag.DESC_AVAIL | DescriptorFlag.DESC_USED
+
+
+cdef inline uint16_t available_flags(uint16_t position) noexcept nogil:
+    return DescriptorFlag.DESC_AVAIL if position & WRAP else DescriptorFlag.DESC_USED
+
+
+cdef inline uint16_t step(uint16_t position, uint32_t slots, uint32_t size) noexcept nogil:
+    cdef uint32_t index = (position & INDEX) + slots
+    if index < size:
+        return <uint16_t>((position & WRAP) | index)
+    return <uint16_t>((position & WRAP ^ WRAP) | (index - size))
+
 
 cdef inline uint32_t packed_distance(uint16_t start, uint16_t end, uint32_t size) noexcept nogil:
     """Slots from one position on to another, less than two rounds."""
@@ -10,6 +28,7 @@ cdef inline uint32_t packed_distance(uint16_t start, uint16_t end, uint32_t size
     if (start ^ end) & 0x8000:
         return slots + <int32_t>size
     return slots if slots >= 0 else slots + 2 * <int32_t>size
+
 
 # The back-end's end. Held: `base` is the position of the next chain to take, and above it
 # (bits 16-31) that of the next used descriptor; the indexes were checked.

@@ -28,10 +28,6 @@ cdef enum:
     EVENT_FLAGS = 2
     EVENT_SIZE = 4
 
-    INDEX = 0x7fff          # of a position
-    WRAP = 0x8000
-    OWNER = DescriptorFlag.DESC_AVAIL | DescriptorFlag.DESC_USED
-
     # Descriptors are prefetched this many ahead, past the ring's end too: with another core
     # as the driver 1.7 to 3.3 cycles a chain less, with 24 ahead 0.6 to 1.3 more again.
     AHEAD = 8
@@ -42,19 +38,8 @@ cdef enum:
     WALK_BROKEN = -2
 
 
-cdef inline uint16_t available_flags(uint16_t position) noexcept nogil:
-    return DescriptorFlag.DESC_AVAIL if position & WRAP else DescriptorFlag.DESC_USED
-
-
 cdef inline uint16_t used_flags(uint16_t position) noexcept nogil:
     return OWNER if position & WRAP else 0
-
-
-cdef inline uint16_t step(uint16_t position, uint32_t slots, uint32_t size) noexcept nogil:
-    cdef uint32_t index = (position & INDEX) + slots
-    if index < size:
-        return <uint16_t>((position & WRAP) | index)
-    return <uint16_t>((position & WRAP ^ WRAP) | (index - size))
 
 
 cdef inline uint16_t step_back(uint16_t position, uint32_t slots, uint32_t size) noexcept nogil:

@@ -12,6 +12,8 @@ from vhostpy._chain cimport (
 )
 from vhostpy._driver cimport DriverVirtqueue
 from vhostpy._ends cimport Ring, UsedEntry
+from vhostpy._inflight cimport InflightQueue
+from vhostpy._tracker cimport Tracker
 from vhostpy.memory cimport DirtyLog, GuestMemory, Segment
 
 
@@ -23,6 +25,8 @@ cdef class Virtqueue:
     cdef readonly DirtyLog log
     cdef readonly uint64_t features
     cdef tuple uvas                                    # of descriptors, avail, used
+    cdef readonly InflightQueue inflight_queue         # what remembers chains, or None
+    cdef Tracker *tracker                              # its, or NULL
 
     # Workers' side. --------------------------------------------------------------
     cdef bint is_live(self) noexcept nogil
@@ -48,3 +52,11 @@ cdef class Virtqueue:
     # Asks the driver for kicks; True when chains are already there (do not sleep).
     cdef void disarm(self) noexcept nogil
     cdef readonly int64_t inflight                     # popped and not yet pushed
+    cdef bint has_again(self) noexcept nogil
+    # There are chains that a killed back-end had: pop() returns them first.
+
+    cdef int pop_any(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil
+    cdef int pop_tracked(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil
+    cdef int pop_again(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil
+    cdef void rewind_any(self, const Chain *chains, int count) noexcept nogil
+    cdef void publish_any(self) noexcept nogil

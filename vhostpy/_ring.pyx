@@ -11,13 +11,21 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
-from vhostpy._ends cimport WorkerSide, call_driver, log_collect, log_flush
-from vhostpy._hw cimport load_acquire_u32, store_release_u32
+from vhostpy._ends cimport WorkerSide, break_ring, call_driver, log_collect, log_flush
+from vhostpy._hw cimport load_acquire_u32, store_release_u32, unlikely
+from vhostpy._inflight_packed cimport (
+    packed_track_again, packed_track_published, packed_track_publishing, packed_track_rewind,
+    packed_track_take,
+)
+from vhostpy._inflight_split cimport (
+    split_track_published, split_track_push, split_track_rewind, split_track_take,
+)
 from vhostpy._packed cimport (
     packed_arm, packed_disarm, packed_distance, packed_pop, packed_publish, packed_push,
     packed_rewind, packed_start,
 )
 from vhostpy._spec cimport Feature
+from vhostpy._tracker cimport track_push
 from vhostpy._split cimport (
     split_arm, split_disarm, split_pop, split_publish, split_push, split_start,
 )
@@ -50,6 +58,7 @@ class Taken(NamedTuple):
     writable: list
     fault: int
     slots: int = 1
+    entry: int = 0      # where it is remembered (packed)
 
 
 def gpa_of(memory: GuestMemory, uva: int) -> int:
@@ -65,7 +74,7 @@ cdef object taken_of(const Chain *chain):
     pieces = [(chain.segments[i].gpa, chain.segments[i].length)
               for i in range(chain.readable + chain.writable)]
     return Taken(chain.id, pieces[:chain.readable], pieces[chain.readable:],
-                 ChainFault(chain.fault), chain.slots)
+                 ChainFault(chain.fault), chain.slots, chain.entry)
 
 
 @cython.final
@@ -107,30 +116,120 @@ cdef class Virtqueue:
 
     cdef int pop(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
         cdef int count
-        if self.ring.control.packed:
-            count = packed_pop(self.ring, chains, limit, scratch)
+        if self.tracker != NULL:
+            count = self.pop_tracked(chains, limit, scratch)
         else:
-            count = split_pop(self.ring, chains, limit, scratch)
+            count = self.pop_any(chains, limit, scratch)
         if count > 0:
             self.inflight += count
         return count
 
+    cdef int pop_any(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
+        if self.ring.control.packed:
+            return packed_pop(self.ring, chains, limit, scratch)
+        return split_pop(self.ring, chains, limit, scratch)
+
+    cdef int pop_tracked(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
+        cdef Ring *ring = self.ring
+        cdef Tracker *tracker = self.tracker
+        cdef uint16_t position = ring.worker.last_avail
+        cdef int count, tracked
+        if unlikely(tracker.again_left > 0):
+            return self.pop_again(chains, limit, scratch)
+        tracker.again_last = 0
+        count = self.pop_any(chains, limit, scratch)
+        if count <= 0:
+            return count
+        if not ring.control.packed:
+            split_track_take(tracker, chains, count)
+            return count
+        tracked = packed_track_take(tracker, ring, position, chains, count)
+        if unlikely(tracked < count):
+            packed_rewind(ring, chains + tracked, count - tracked)
+            break_ring(ring)
+            return tracked if tracked else RING_BROKEN
+        return count
+
+    cdef int pop_again(self, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
+        # The same ring, but for where its chains are named.
+        cdef Ring *ring = self.ring
+        cdef Tracker *tracker = self.tracker
+        cdef uint8_t *desc = ring.control.desc
+        cdef uint8_t *avail = ring.control.avail
+        cdef uint16_t last_avail = ring.worker.last_avail, avail_idx = ring.worker.avail_idx
+        cdef uint16_t position = tracker.again_next
+        cdef int count
+        if ring.control.packed:
+            ring.control.desc = tracker.again
+        else:
+            ring.control.avail = tracker.again
+        ring.worker.last_avail = position
+        ring.worker.avail_idx = <uint16_t>(position + tracker.again_left)
+        count = self.pop_any(chains, limit, scratch)
+        tracker.again_next = ring.worker.last_avail
+        tracker.again_last = 1
+        if count > 0:
+            tracker.again_left -= count
+            if ring.control.packed:
+                packed_track_again(tracker, ring, position, chains, count)
+        ring.control.desc, ring.control.avail = desc, avail
+        ring.worker.last_avail, ring.worker.avail_idx = last_avail, avail_idx
+        return count
+
+    cdef bint has_again(self) noexcept nogil:
+        return self.tracker != NULL and self.tracker.again_left > 0
+
     cdef void rewind(self, const Chain *chains, int count) noexcept nogil:
         cdef WorkerSide *worker = &self.ring.worker
+        cdef Tracker *tracker = self.tracker
+        cdef uint16_t last_avail = worker.last_avail
+        self.inflight -= count
+        if tracker != NULL and tracker.again_last:      # they stay marked
+            worker.last_avail = tracker.again_next
+            self.rewind_any(chains, count)
+            tracker.again_next = worker.last_avail
+            tracker.again_left += count
+            worker.last_avail = last_avail
+            return
+        self.rewind_any(chains, count)
+        if tracker != NULL:
+            if self.ring.control.packed:
+                packed_track_rewind(tracker, chains, count)
+            else:
+                split_track_rewind(tracker, chains, count)
+
+    cdef void rewind_any(self, const Chain *chains, int count) noexcept nogil:
         if self.ring.control.packed:
             packed_rewind(self.ring, chains, count)
         else:
-            worker.last_avail = <uint16_t>(worker.last_avail - count)
-        self.inflight -= count
+            self.ring.worker.last_avail = <uint16_t>(self.ring.worker.last_avail - count)
 
     cdef void push(self, const Chain *chains, const uint32_t *written, int count) noexcept nogil:
+        cdef int i
         if self.ring.control.packed:
+            if self.tracker != NULL:
+                for i in range(count):
+                    track_push(self.tracker, chains[i].entry, chains[i].slots)
             packed_push(self.ring, chains, written, count)
         else:
+            if self.tracker != NULL:
+                split_track_push(self.tracker, chains, count)
             split_push(self.ring, chains, written, count)
         self.inflight -= count
 
     cdef void publish(self) noexcept nogil:
+        cdef Tracker *tracker = self.tracker
+        if tracker == NULL or tracker.pushed == 0:
+            self.publish_any()
+        elif self.ring.control.packed:
+            packed_track_publishing(tracker, self.ring)
+            packed_publish(self.ring)
+            packed_track_published(tracker, self.ring)
+        else:
+            split_publish(self.ring)
+            split_track_published(tracker, self.ring.worker.used_idx)
+
+    cdef void publish_any(self) noexcept nogil:
         if self.ring.control.packed:
             packed_publish(self.ring)
         else:
@@ -158,6 +257,8 @@ cdef class Virtqueue:
         self.ring.control.lead = length
 
     cdef bint arm(self) noexcept nogil:
+        if self.has_again():
+            return True
         return packed_arm(self.ring) if self.ring.control.packed else split_arm(self.ring)
 
     cdef void disarm(self) noexcept nogil:
@@ -259,6 +360,22 @@ cdef class Virtqueue:
         self.ring.used_log_gpa = gpa
         self.ring.control.log_used = log is not None and used_log_gpa is not None
 
+    def track(self, InflightQueue queue) -> None:
+        """Remembers its chains there from now on. Those that were under way at a kill come
+        again, in their order, before those that the driver adds."""
+        self._want_held()
+        self.tracker = NULL
+        self.inflight_queue = queue
+        if queue is None:
+            return
+        queue.start(self.ring)
+        self.tracker = &queue.tracker
+
+    @property
+    def again(self) -> int:
+        """Chains that were under way at a kill and have not been taken again."""
+        return self.tracker.again_left if self.tracker != NULL else 0
+
     def set_call(self, int fd) -> None:
         """A new fd to call the driver by, or -1. It is signalled once: a call may have
         gone to the old one while nobody listened."""
@@ -333,7 +450,7 @@ cdef class Virtqueue:
             raise ValueError(f"{len(chains)} chains to put back, {self.inflight} are out")
         memset(&chain, 0, sizeof(chain))
         for taken in chains:
-            chain.slots = taken.slots
+            chain.id, chain.slots, chain.entry = taken.id, taken.slots, taken.entry
             self.rewind(&chain, 1)
 
     def give(self, items, *, bint publish=True) -> None:
@@ -342,7 +459,7 @@ cdef class Virtqueue:
         cdef uint32_t written
         memset(&chain, 0, sizeof(chain))
         for taken, count in items:
-            chain.id, chain.slots = taken.id, taken.slots
+            chain.id, chain.slots, chain.entry = taken.id, taken.slots, taken.entry
             written = count
             self.push(&chain, &written, 1)
         if publish:
@@ -357,6 +474,7 @@ cdef class Virtqueue:
         memset(burst, 0, sizeof(burst))
         for i in range(count):
             burst[i].id, burst[i].slots = chains[i].id, chains[i].slots
+            burst[i].entry = chains[i].entry
         self.push(burst, NULL, count)
         if publish:
             self.publish_pushed()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vhostpy import effects as e
+from vhostpy._inflight import InflightArea
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature
 from vhostpy.device import Device
@@ -47,6 +48,7 @@ class DataPlane:
         self.workers = device.workers
         self.memory: GuestMemory | None = None
         self.log: DirtyLog | None = None
+        self.inflight: InflightArea | None = None
         self.features = 0
         self.rings: dict[int, RunningRing] = {}
         self.retired: list[GuestMemory] = []
@@ -68,6 +70,9 @@ class DataPlane:
                 self._remove_region(region)
             case e.SetLog(fd, offset, size):
                 self._set_log(fd, offset, size)
+            case e.SetInflight(fd, offset, size, num_queues, queue_size):
+                with fd:
+                    self.inflight = InflightArea(fd.fileno(), offset, size, num_queues, queue_size)
             case e.StartRing(index):
                 self._start_ring(index)
             case e.EnableRing(index, enabled):
@@ -106,7 +111,11 @@ class DataPlane:
 
     def look_after(self) -> None:
         """Reports rings that broke; raises GuestError if memory is gone or a fd blocks us."""
-        for what, shared in (("guest memory", self.memory), ("the dirty log", self.log)):
+        for what, shared in (
+            ("guest memory", self.memory),
+            ("the dirty log", self.log),
+            ("the memory of requests under way", self.inflight),
+        ):
             if shared is not None and shared.poisoned:
                 raise GuestError(
                     f"{self.device.name}: {what} was truncated or cannot be read",
@@ -148,7 +157,7 @@ class DataPlane:
         for fd in (self.backend_channel, *self.leftovers):
             _close(fd)
         self._retire(self.memory)
-        self.memory = self.log = None
+        self.memory = self.log = self.inflight = None
         for memory in self.retired:
             if memory.in_use:
                 log.error(
@@ -156,6 +165,12 @@ class DataPlane:
                     self.device.name,
                     sum(region.size for region in memory.regions),
                 )
+
+    def make_inflight(self, effect: e.MakeInflight) -> OwnedFd:
+        """Zeroed memory, for the front-end to keep: nothing of it stays here."""
+        fd = OwnedFd(os.memfd_create("vhostpy-inflight", os.MFD_CLOEXEC))
+        os.ftruncate(fd.fileno(), effect.size)
+        return fd
 
     # Memory ------------------------------------------------------------------------
 
@@ -261,6 +276,17 @@ class DataPlane:
             log=dirty_log,
             used_log_gpa=used_log_gpa,
         )
+        if self.inflight is not None and index < self.inflight.num_queues:
+            virtqueue.track(self.inflight.queue(index))
+            # A back-end that was killed may have given chains back and told nobody.
+            virtqueue.notify()
+            if virtqueue.again:
+                log.info(
+                    "%s: ring %d: %d requests that were under way are done again",
+                    self.device.name,
+                    index,
+                    virtqueue.again,
+                )
         self.device.ring_started(index, virtqueue, _eventfd(state.kick))
         self.rings[index] = RunningRing(virtqueue)
         self.device.ring_enabled(index, state.enabled)

@@ -66,6 +66,27 @@ class SetLog(Effect):
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class MakeInflight(Effect):
+    """Make memory for requests under way, then tell it by `session.inflight_made`."""
+
+    size: int
+    num_queues: int
+    queue_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetInflight(Effect):
+    """Rings that start from now on remember their requests there, and first do those that
+    they find."""
+
+    fd: OwnedFd
+    offset: int
+    size: int
+    num_queues: int
+    queue_size: int
+
+
 # Rings: the session's `rings[index]` has the values. ------------------------------------
 
 

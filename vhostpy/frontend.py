@@ -29,6 +29,7 @@ from vhostpy.memory import GuestMemory, Mapping, RegionInfo
 from vhostpy.payloads import (
     U64,
     Config,
+    Inflight,
     Log,
     MemoryRegion,
     MemoryTable,
@@ -163,6 +164,7 @@ class FrontEnd:
         self.layout = layout  # read once, when `shared` is first looked at
         self.hugepages = hugepages
         self._shared: SharedMemory | None = None
+        self._inflight: tuple[Inflight, OwnedFd] | None = None
         self._decoder = Decoder(REPLIES_TO_FRONT_END)
 
     def __enter__(self) -> Self:
@@ -186,6 +188,32 @@ class FrontEnd:
         if self._shared is not None:
             self._shared.fd.close()
             self._shared = None
+        if self._inflight is not None:
+            self._inflight[1].close()
+            self._inflight = None
+
+    def connect_again(self, path: str) -> None:
+        """A session with the next back-end, for the same guest: its rings go on.
+
+        As QEMU does it: of a split ring it knows where used entries stand, of a packed one
+        where it once started.
+        """
+        self.sock.close()
+        self._decoder.close()
+        self.sock = _connect(path, self.timeout_s)
+        self.sock.settimeout(self.timeout_s)
+        self._decoder = Decoder(REPLIES_TO_FRONT_END)
+        features, protocol_features = self.features, self.protocol_features
+        self.features = self.protocol_features = 0
+        self.negotiate(features, protocol_features)
+        self.set_mem_table()
+        if self._inflight is not None:
+            self.set_inflight()
+        for queue in self.queues.values():
+            base = first_base(features)
+            if not features >> Feature.RING_PACKED & 1:
+                base = int.from_bytes(self.memory.read(queue.used_gpa + 2, 2), "little")
+            self.announce(queue, base=base)
 
     # Messages --------------------------------------------------------------------------
 
@@ -342,6 +370,25 @@ class FrontEnd:
         self.request(FrontEndRequest.SET_LOG_BASE, Log(size, offset), [fd])
 
     # Queues ----------------------------------------------------------------------------
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> None:
+        """Has the back-end make memory for requests under way, and keeps it."""
+        asked = Inflight(0, 0, num_queues, queue_size)
+        self.send_raw(encode(FrontEndRequest.GET_INFLIGHT_FD, asked))
+        reply = self.receive()
+        if len(reply.fds) != 1:
+            raise ProtocolError(f"{reply.name}: {len(reply.fds)} fds, expected 1")
+        if self._inflight is not None:
+            self._inflight[1].close()
+        # The sizes that were asked for, as QEMU keeps them.
+        made = Inflight(reply.payload.mmap_size, reply.payload.mmap_offset, num_queues, queue_size)
+        self._inflight = made, reply.fds[0].move()
+
+    def set_inflight(self) -> None:
+        """Hands that memory over; rings started after it use it."""
+        assert self._inflight is not None, "get_inflight comes first"
+        area, fd = self._inflight
+        self.request(FrontEndRequest.SET_INFLIGHT_FD, area, [fd])
 
     def start_queue(
         self,

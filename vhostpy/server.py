@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from vhostpy import fds, memory
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
-from vhostpy.effects import Effect, Reply, StopRing
+from vhostpy.effects import Effect, MakeInflight, Reply, StopRing
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
 from vhostpy.notify import attention_fd
 from vhostpy.protocol import Decoder, Message, encode_reply
@@ -276,6 +276,10 @@ class Connection:
             base = await self.plane.stop_ring(effect.index)
             for follow_up in self.session.ring_stopped(effect.index, base):
                 await self._do(follow_up)
+        elif isinstance(effect, MakeInflight):
+            with self.plane.make_inflight(effect) as fd:
+                for follow_up in self.session.inflight_made(effect, fd):
+                    await self._do(follow_up)
         else:
             await self.plane.carry_out(effect)
 

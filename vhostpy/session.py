@@ -19,18 +19,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vhostpy._inflight import area_bytes
 from vhostpy._spec import Feature, Limit, ProtocolFeature
 from vhostpy.device import Device
 from vhostpy.effects import (
     AddRegion,
     Effect,
     EnableRing,
+    MakeInflight,
     RemoveRegion,
     Reply,
     ResetDevice,
     SendRarp,
     SetBackendChannel,
     SetFeatures,
+    SetInflight,
     SetLog,
     SetMemory,
     SetMtu,
@@ -52,6 +55,7 @@ from vhostpy.payloads import (
     U64,
     Config,
     Empty,
+    Inflight,
     Log,
     MemoryRegion,
     Payload,
@@ -159,6 +163,11 @@ class Session:
             request = FrontEndRequest.GET_VRING_BASE
             return [Reply(request, VringState(index, self.base_of(ring)).pack())]
         return []
+
+    def inflight_made(self, made: MakeInflight, fd: OwnedFd) -> list[Effect]:
+        """A MakeInflight was carried out; the front-end gets `fd`."""
+        payload = Inflight(made.size, 0, made.num_queues, made.queue_size)
+        return [Reply(FrontEndRequest.GET_INFLIGHT_FD, payload.pack(), (fd,))]
 
     def close(self) -> None:
         """Closes all fds; the rings were stopped before."""
@@ -323,6 +332,45 @@ class Session:
             )
         self.logging = True
         return [SetLog(message.fds[0].move(), where.offset, where.size), *self._settle_all()]
+
+    # Requests under way ----------------------------------------------------------------
+
+    def _check_inflight(self, message: Message) -> Inflight:
+        asked: Inflight = message.payload
+        if not 1 <= asked.num_queues <= len(self.rings):
+            raise ProtocolError(
+                f"{message.name}: {asked.num_queues} queues, the device has {len(self.rings)}"
+            )
+        if not 1 <= asked.queue_size <= Limit.QUEUE_SIZE_MAX:
+            raise ProtocolError(
+                f"{message.name}: queues of {asked.queue_size}, expected 1 to "
+                f"{int(Limit.QUEUE_SIZE_MAX)}"
+            )
+        return asked
+
+    def _get_inflight_fd(self, message: Message) -> list[Effect]:
+        asked = self._check_inflight(message)
+        size = area_bytes(asked.num_queues, asked.queue_size)
+        return [MakeInflight(size, asked.num_queues, asked.queue_size)]
+
+    def _set_inflight_fd(self, message: Message) -> list[Effect]:
+        area = self._check_inflight(message)
+        if not area.mmap_size or area.mmap_offset + area.mmap_size > FILE_END:
+            raise ProtocolError(
+                f"{message.name}: {area.mmap_size:#x} bytes at offset {area.mmap_offset:#x}"
+            )
+        running = [ring.index for ring in self.rings if ring.started]
+        if running:
+            raise Refused(f"{message.name}: rings {listed(running)} run")
+        return [
+            SetInflight(
+                message.fds[0].move(),
+                area.mmap_offset,
+                area.mmap_size,
+                area.num_queues,
+                area.queue_size,
+            )
+        ]
 
     # Rings -----------------------------------------------------------------------------
 
@@ -601,6 +649,8 @@ SERVED: dict[int, Served] = {
     _R.GET_MAX_MEM_SLOTS: Served(Session._get_max_mem_slots, negotiated=_F.CONFIGURE_MEM_SLOTS),
     _R.ADD_MEM_REG: Served(Session._add_mem_reg, negotiated=_F.CONFIGURE_MEM_SLOTS),
     _R.REM_MEM_REG: Served(Session._rem_mem_reg, negotiated=_F.CONFIGURE_MEM_SLOTS),
+    _R.GET_INFLIGHT_FD: Served(Session._get_inflight_fd, offered=_F.INFLIGHT_SHMFD),
+    _R.SET_INFLIGHT_FD: Served(Session._set_inflight_fd, offered=_F.INFLIGHT_SHMFD),
     _R.SET_STATUS: Served(Session._set_status, negotiated=_F.STATUS),
     _R.GET_STATUS: Served(Session._get_status, negotiated=_F.STATUS),
 }
@@ -614,8 +664,6 @@ NOT_SERVED: dict[int, str] = {
     _R.POSTCOPY_ADVISE: "protocol feature PAGEFAULT",
     _R.POSTCOPY_LISTEN: "protocol feature PAGEFAULT",
     _R.POSTCOPY_END: "protocol feature PAGEFAULT",
-    _R.GET_INFLIGHT_FD: "protocol feature INFLIGHT_SHMFD",
-    _R.SET_INFLIGHT_FD: "protocol feature INFLIGHT_SHMFD",
     _R.GPU_SET_SOCKET: "a graphics device",
     _R.VRING_KICK: "protocol feature INBAND_NOTIFICATIONS",
     _R.GET_SHARED_OBJECT: "protocol feature SHARED_OBJECT",

@@ -20,7 +20,7 @@ from tests.talk import PROTOCOL_FEATURES, REGION, Talk, eventfd, open_fds, ready
 from vhostpy._spec import Feature
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.errors import ProtocolError, VhostpyError
+from vhostpy.errors import ProtocolError, Refused, VhostpyError
 from vhostpy.fds import OwnedFd
 from vhostpy.frontend import UVA_BASE, FrontEnd
 from vhostpy.payloads import (
@@ -137,6 +137,29 @@ def files(count: int) -> list[OwnedFd]:
     return [eventfd() for _ in range(count)]
 
 
+def inflight_of(make_fd, payload: Inflight):
+    def attack(guest: FrontEnd) -> None:
+        guest.stop_queue(0)
+        with OwnedFd(make_fd()) as fd, contextlib.suppress(ConnectionError):
+            guest.send_raw(encode(R.SET_INFLIGHT_FD, payload), [fd])
+
+    return attack
+
+
+def inflight_with(head: bytes):
+    """Memory that begins like this, met when the ring starts."""
+
+    def attack(guest: FrontEnd) -> None:
+        with OwnedFd(memfd(4096)) as fd:
+            os.pwrite(fd.fileno(), head, 0)
+            guest.stop_queue(0)
+            guest.send_raw(encode(R.SET_INFLIGHT_FD, Inflight(4096, 0, 1, 16)), [fd])
+        with contextlib.suppress(ConnectionError, Refused):
+            guest.announce(guest.queues[0], base=0)
+
+    return attack
+
+
 def say(request, payload=b"", fds=0, **flags):
     return lambda guest: _send(guest, encode(request, payload, **flags), fds)
 
@@ -248,6 +271,21 @@ ATTACKS = {
     "CVE-2021-3839: inflight beyond its file": say(
         R.SET_INFLIGHT_FD, Inflight(1 << 40, 0, 65535, 65535), 1
     ),
+    "inflight: no queues": say(R.GET_INFLIGHT_FD, Inflight(0, 0, 0, 16), need_reply=True),
+    "inflight: while a ring runs": say(R.SET_INFLIGHT_FD, Inflight(4096, 0, 1, 16), 1),
+    "inflight: an eventfd": inflight_of(lambda: os.eventfd(0), Inflight(4096, 0, 1, 16)),
+    "inflight: larger than its file": inflight_of(lambda: memfd(4096), Inflight(8192, 0, 1, 16)),
+    "inflight: behind its file's end": inflight_of(
+        lambda: memfd(4096), Inflight(4096, 4096, 1, 16)
+    ),
+    "inflight: offset wraps": inflight_of(lambda: memfd(4096), Inflight(4096, TOP - 4096, 1, 16)),
+    "inflight: too small for its queues": inflight_of(
+        lambda: memfd(4096), Inflight(4096, 0, 256, 32768)
+    ),
+    "inflight: unaligned": inflight_of(lambda: memfd(8192), Inflight(4096, 4, 1, 16)),
+    "inflight: queues of 0": inflight_of(lambda: memfd(4096), Inflight(4096, 0, 1, 0)),
+    "inflight: of another version": inflight_with(struct.pack("<QHH", 0, 2, 16)),
+    "inflight: of another size": inflight_with(struct.pack("<QHH", 0, 1, 15)),
     "size: 4 GiB of payload": raw(header(R.SET_MEM_TABLE, 0xFFFFFFFF)),
     "size: a table too large by one region": raw(header(R.SET_MEM_TABLE, 8 + 9 * 32), 8),
     "size: a config that lies": raw(header(R.SET_CONFIG, 16) + struct.pack("<IIII", 0, 256, 0, 0)),

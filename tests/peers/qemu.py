@@ -42,6 +42,7 @@ class Drive:
     socket: Path
     queues: int = 1
     reconnect: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ def disk_arguments(qemu: Qemu, index: int, drive: Drive) -> list[str]:
     name = f"disk{index}"
     return [
         "-chardev", f"socket,id={name},path={drive.socket}" + qemu.reconnect() * drive.reconnect,
-        "-device", f"vhost-user-blk-pci,chardev={name},num-queues={drive.queues}",
+        "-device", f"vhost-user-blk-pci,chardev={name},num-queues={drive.queues}"
+        + ",packed=on" * drive.packed,
     ]
 
 

@@ -1,6 +1,7 @@
 """What a running ring has of its session, and how it is taken away from it."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import struct
@@ -305,6 +306,30 @@ def test_a_ring_whose_device_fails_to_drain_it_is_taken_away_all_the_same(
         monkeypatch.undo()
         with Attacker(path) as guest:
             assert guest.request() == 0
+
+
+def test_requests_that_hang_are_not_done_again_before_they_have_ended(
+    hung_disk, gate, path, monkeypatch
+):
+    monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
+    server = Server(hung_disk, path=path)
+    with serving(server), FrontEnd(path) as guest:
+        guest.negotiate(FEATURES, EVERYTHING)
+        guest.set_mem_table()
+        guest.get_inflight(RINGS, 64)
+        guest.set_inflight()
+        hang(guest, hung_disk)
+        assert hung_disk.status()["queues"][0]["inflight"] == 1
+        guest.send_raw(encode(R.GET_VRING_BASE, VringState(0, 0)))
+        assert guest.hung_up()
+        with contextlib.suppress(ConnectionError, Refused):
+            guest.connect_again(path)
+        assert guest.hung_up()
+        gate.open()
+        eventually(lambda: not hung_disk.status()["hung_requests"])
+        guest.connect_again(path)
+        for queue in guest.queues.values():
+            assert len(queue.wait_used()) == 1
 
 
 # Between sessions --------------------------------------------------------------------------

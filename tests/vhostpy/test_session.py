@@ -24,11 +24,13 @@ from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.effects import (
     AddRegion,
     EnableRing,
+    MakeInflight,
     RemoveRegion,
     ResetDevice,
     SendRarp,
     SetBackendChannel,
     SetFeatures,
+    SetInflight,
     SetLog,
     SetMemory,
     SetMtu,
@@ -250,6 +252,55 @@ def test_log_base_that_fails_is_not_answered_as_if_it_had_worked(talk):
     with pytest.raises(ProtocolError):
         talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
     assert talk.answers == []
+
+
+# Requests under way --------------------------------------------------------------------------
+
+
+class Remembering(FakeDevice):
+    def protocol_features(self):
+        return super().protocol_features() | 1 << ProtocolFeature.INFLIGHT_SHMFD
+
+
+@pytest.fixture
+def remembering():
+    talk = ready(Remembering())
+    yield talk
+    talk.session.close()
+
+
+def test_inflight_memory_is_made_to_measure_and_given_away(remembering):
+    (effect,) = remembering.say(R.GET_INFLIGHT_FD, Inflight(0, 0, 4, 128))
+    assert effect == MakeInflight(4 * 32832, 4, 128)  # for 1024 each, which a guest may take
+    fd = eventfd()
+    (reply,) = remembering.session.inflight_made(effect, fd)
+    assert Inflight.unpack(reply.payload) == Inflight(4 * 32832, 0, 4, 128)
+    assert reply.fds == (fd,)
+    fd.close()
+
+
+def test_inflight_memory_is_taken_before_rings_run(remembering):
+    (effect,) = remembering.say(R.SET_INFLIGHT_FD, Inflight(9000, 64, 4, 128), (eventfd(),))
+    assert isinstance(effect, SetInflight)
+    assert (effect.offset, effect.size, effect.num_queues, effect.queue_size) == (64, 9000, 4, 128)
+    remembering.start()
+    assert remembering.ask(R.SET_INFLIGHT_FD, Inflight(9000, 0, 4, 128), (eventfd(),)) == U64(1)
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (Inflight(4096, 0, 0, 128), "0 queues"),
+        (Inflight(4096, 0, 257, 128), "257 queues"),
+        (Inflight(4096, 0, 1, 0), "queues of 0"),
+        (Inflight(4096, 0, 1, 32769), "queues of 32769"),
+        (Inflight(0, 0, 1, 128), "0x0 bytes"),
+        (Inflight(1 << 63, 1 << 63, 1, 128), "0x8000000000000000 bytes"),
+    ],
+)
+def test_inflight_memory_that_makes_no_sense_ends_the_session(remembering, payload, words):
+    with pytest.raises(ProtocolError, match=words):
+        remembering.say(R.SET_INFLIGHT_FD, payload, (eventfd(),))
 
 
 NOT_SERVED = [

@@ -1,0 +1,157 @@
+"""`vhostpy blk` killed with -9 under writes, and started again: no request is lost."""
+
+import os
+import random
+import select
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.frontend import FrontEnd
+
+SIZE = 8 << 20
+BLOCK = 4096
+QUEUE_SIZE = 64
+FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.INDIRECT_DESC | 1 << Feature.EVENT_IDX
+LAYOUT_FEATURES = {"split": FEATURES, "packed": FEATURES | 1 << Feature.RING_PACKED}
+PROTOCOL_FEATURES = sum(
+    1 << bit
+    for bit in (
+        ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIG,
+        ProtocolFeature.INFLIGHT_SHMFD,
+    )
+)  # fmt: skip
+OUT, OK, UNTOUCHED = 1, 0, 0xEE
+
+
+class BackEnd:
+    """The process, and whoever starts it again."""
+
+    def __init__(self, directory, *options):
+        self.socket = str(directory / "vb0")
+        self.command = [
+            sys.executable, "-m", "vhostpy", "blk", "--socket", self.socket, "--json",
+            "--control", str(directory / "control"), *options,
+        ]  # fmt: skip
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)}
+        )
+        assert select.select([self.process.stdout], [], [], 30)[0]
+        assert self.process.stdout.readline()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+PROJECT = Path(__file__).parents[2]
+
+
+class Writer(FrontEnd):
+    """A guest that knows what it has written and what is under way."""
+
+    def begin(self, layout):
+        self.negotiate(LAYOUT_FEATURES[layout], PROTOCOL_FEATURES)
+        self.get_inflight(QUEUES, QUEUE_SIZE)
+        self.set_mem_table()
+        self.set_inflight()
+        self.waiting = {}  # (queue, id): (block, status address, data)
+        for index in range(QUEUES):
+            self.start_queue(index, QUEUE_SIZE)
+        self.buffers = [self.allocate(2 * BLOCK) for _ in range(QUEUES * QUEUE_SIZE)]
+
+    def write(self, index, block, data):
+        """One block; False where the ring is full or the block is being written."""
+        if any(block == busy for busy, _, _ in self.waiting.values()):
+            return False
+        if not self.buffers:
+            return False
+        buffer = self.buffers.pop()
+        self.memory.write(buffer, struct.pack("<IIQ", OUT, 0, block * BLOCK // 512))
+        status = buffer + 16
+        self.memory.write(status, bytes([UNTOUCHED]))
+        self.memory.write(buffer + BLOCK, data)
+        ring = self.queues[index].ring
+        try:
+            id_ = ring.add([(buffer, 16), (buffer + BLOCK, BLOCK)], [(status, 1)])
+        except BufferError:
+            self.buffers.append(buffer)
+            return False
+        self.waiting[index, id_] = (block, buffer, data)
+        ring.kick()
+        return True
+
+    def collect(self, disk):
+        """Answers; each has to be OK and of a request that waits."""
+        for index, queue in self.queues.items():
+            for id_, _ in queue.ring.used():
+                block, buffer, data = self.waiting.pop((index, id_))
+                assert self.memory.read(buffer + 16, 1) == bytes([OK])
+                disk[block] = data
+                self.buffers.append(buffer)
+
+
+QUEUES = 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "kills"),
+    [
+        ("split", [], 8),
+        ("packed", ["--direct"], 8),
+        *(
+            pytest.param(layout, options, 100, marks=pytest.mark.long)
+            for layout in LAYOUT_FEATURES
+            for options in ([], ["--direct"])
+        ),
+    ],
+    ids=lambda value: ("direct" if value else "buffered") if isinstance(value, list) else None,
+)
+def test_no_write_is_lost_whenever_the_kill_comes(tmp_path, layout, options, kills):
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(SIZE))
+    random_ = random.Random(kills)
+    disk = {}
+    with (
+        BackEnd(tmp_path, "--file", str(image), *options) as back_end,
+        Writer(back_end.socket, timeout_s=30) as guest,
+    ):
+        guest.begin(layout)
+        for number in range(kills):
+            end = time.monotonic() + random_.uniform(0.0, 0.15)
+            while time.monotonic() < end:
+                block = random_.randrange(SIZE // BLOCK)
+                guest.write(random_.randrange(QUEUES), block, random_.randbytes(BLOCK))
+                if random_.random() < 0.2:
+                    guest.collect(disk)
+            back_end.kill()
+            back_end.start()
+            guest.connect_again(back_end.socket)
+            if number % 3 == 0:  # else what was lost twice shows
+                deadline = time.monotonic() + 30
+                while guest.waiting:
+                    assert time.monotonic() < deadline, f"lost: {guest.waiting.keys()}"
+                    guest.collect(disk)
+        deadline = time.monotonic() + 30
+        while guest.waiting:
+            assert time.monotonic() < deadline, f"lost: {guest.waiting.keys()}"
+            guest.collect(disk)
+    contents = image.read_bytes()
+    assert len(disk) > kills
+    for block, data in disk.items():
+        assert contents[block * BLOCK : (block + 1) * BLOCK] == data, block

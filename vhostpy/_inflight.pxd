@@ -1,0 +1,16 @@
+"""Which chains a back-end has, in memory that outlives it: for whoever comes after a kill."""
+from libc.stdint cimport uint64_t
+from vhostpy._ends cimport Ring
+from vhostpy._tracker cimport Tracker
+from vhostpy.memory cimport Mapping
+
+
+cdef class InflightQueue:
+    # One queue's region.
+    cdef Tracker tracker
+    cdef readonly Mapping mapping
+    cdef uint64_t size_bytes
+    cdef readonly list taken_before     # chains that start() found, oldest first: their entries
+    cdef start(self, Ring *ring)
+    # The ring's chains are remembered here from now on. Finishes what a killed back-end had
+    # begun; its chains come again, by `again`, and the ring goes on behind them.
