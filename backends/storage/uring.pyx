@@ -16,13 +16,31 @@ from libc.errno cimport (
 )
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport close
 
 from vhostpy._hw cimport (
     atomic_add_i64, fence_full, likely, read_once_u32, unlikely,
+)
+from vhostpy.backends.storage._detour cimport (
+    BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS,
+    ZERO_RANGE, Detour, bounce_part, copy_part, fill_bounce, next_bounce, point_at_zeros, step,
+)
+from vhostpy.backends.storage._liburing cimport (
+    IORING_FSYNC_DATASYNC, IORING_OP_FALLOCATE, IORING_OP_FSYNC, IORING_OP_READ,
+    IORING_OP_READV, IORING_OP_URING_CMD, IORING_OP_WRITE, IORING_OP_WRITEV,
+    IORING_SETUP_COOP_TASKRUN, IORING_SETUP_DEFER_TASKRUN, IORING_SETUP_R_DISABLED,
+    IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL, IORING_SETUP_TASKRUN_FLAG,
+    IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN, IOSQE_ASYNC, IOSQE_FIXED_FILE, io_uring,
+    io_uring_cq_advance, io_uring_cq_eventfd_toggle, io_uring_cq_ready, io_uring_cqe,
+    io_uring_enable_rings, io_uring_free_probe, io_uring_get_probe_ring, io_uring_get_sqe,
+    io_uring_opcode_supported, io_uring_params, io_uring_peek_batch_cqe,
+    io_uring_prep_fallocate, io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv,
+    io_uring_prep_rw, io_uring_prep_write, io_uring_prep_writev, io_uring_probe,
+    io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_eventfd,
+    io_uring_register_files, io_uring_sq_ready, io_uring_sqe, io_uring_submit_and_get_events,
 )
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
 
@@ -49,100 +67,15 @@ cdef extern from "<linux/magic.h>" nogil:
 cdef extern from "<linux/falloc.h>" nogil:
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
-cdef extern from "<liburing.h>" nogil:
-    struct io_uring_sq:
-        unsigned int *kflags
-    struct io_uring:
-        io_uring_sq sq
-        unsigned int flags
-        int ring_fd
-    struct io_uring_params:
-        unsigned int flags
-    struct io_uring_sqe:
-        uint8_t opcode
-        uint8_t flags
-        int fd
-        uint64_t off
-        uint64_t addr
-        uint64_t addr3
-        uint64_t user_data
-    struct io_uring_cqe:
-        uint64_t user_data
-        int32_t res
-    struct io_uring_probe:
-        pass
-    int io_uring_queue_init_params(unsigned int, io_uring *, io_uring_params *)
-    void io_uring_queue_exit(io_uring *)
-    int io_uring_enable_rings(io_uring *)
-    int io_uring_register_files(io_uring *, const int *, unsigned int)
-    int io_uring_register_eventfd(io_uring *, int)
-    io_uring_probe *io_uring_get_probe_ring(io_uring *)
-    void io_uring_free_probe(io_uring_probe *)
-    int io_uring_opcode_supported(const io_uring_probe *, int)
-    io_uring_sqe *io_uring_get_sqe(io_uring *)
-    unsigned int io_uring_sq_ready(const io_uring *)
-    unsigned int io_uring_cq_ready(const io_uring *)
-    unsigned int io_uring_peek_batch_cqe(io_uring *, io_uring_cqe **, unsigned int)
-    void io_uring_cq_advance(io_uring *, unsigned int)
-    int io_uring_submit_and_get_events(io_uring *)
-    int io_uring_submit(io_uring *)
-    int io_uring_cq_eventfd_toggle(io_uring *, bint)
-    void io_uring_prep_read(io_uring_sqe *, int, void *, unsigned int, uint64_t)
-    void io_uring_prep_write(io_uring_sqe *, int, const void *, unsigned int, uint64_t)
-    void io_uring_prep_readv(io_uring_sqe *, int, const iovec *, unsigned int, uint64_t)
-    void io_uring_prep_writev(io_uring_sqe *, int, const iovec *, unsigned int, uint64_t)
-    void io_uring_prep_fsync(io_uring_sqe *, int, unsigned int)
-    void io_uring_prep_fallocate(io_uring_sqe *, int, int, uint64_t, uint64_t)
-    void io_uring_prep_rw(int, io_uring_sqe *, int, const void *, unsigned int, uint64_t)
-    unsigned int IORING_SETUP_R_DISABLED, IORING_SETUP_SUBMIT_ALL, IORING_SETUP_COOP_TASKRUN
-    unsigned int IORING_SETUP_TASKRUN_FLAG, IORING_SETUP_SINGLE_ISSUER
-    unsigned int IORING_SETUP_DEFER_TASKRUN
-    unsigned int IORING_SQ_TASKRUN, IORING_SQ_CQ_OVERFLOW, IORING_FSYNC_DATASYNC
-    uint8_t IOSQE_FIXED_FILE, IOSQE_ASYNC
-    int IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV
-    int IORING_OP_FSYNC, IORING_OP_FALLOCATE, IORING_OP_URING_CMD
-
 cdef enum:
     FLYING = 256            # requests that a channel takes at a time; entries of its ring
     REAP = 64
     IOV_MAX = 1024          # limits.h: iovecs that one call takes
     PIECE_MAX = 0x7ffff000  # bytes that the kernel moves in one call
-    PAGE = 4096
-    ZEROS = 65536
-    ZERO_PIECES = 16
-    BOUNCE_BYTES = 256 << 10
     BOUNCES = 16            # a channel's, so that a guest can't make us take much memory
     STEP_BYTES = 512 << 10  # copied by one poll: about 50 us
     SECTOR = 512
     BLOCK_DISCARD = 0x1200  # linux/blkdev.h: BLOCK_URING_CMD_DISCARD, since 6.12
-
-# What a request on a detour is at.
-cdef enum Stage:
-    CONTINUE                # pieces of the request that are left
-    BOUNCE                  # a piece through the buffer
-    MERGE                   # first reads the blocks that a write changes in part
-    # Ways to clear, in this order.
-    DISCARD_BLOCKS
-    PUNCH_HOLE
-    ZERO_RANGE
-    WRITE_ZEROS
-
-cdef struct Detour:
-    int stage
-    bint bounces            # counted in the channel's `bounces`
-    bint writes             # counted in the storage's `writers`
-    bint alone              # it holds the storage's `alone`
-    uint64_t offset         # of what is left
-    uint64_t size
-    iovec *iov              # for the next entry
-    int32_t count
-    iovec *cut_at           # a piece of the request's whose start we moved, or NULL
-    iovec cut               # as it was
-    uint8_t *buffer         # BOUNCE_BYTES
-    uint64_t start          # what the buffer holds: from this offset, in whole blocks,
-    uint64_t length         # so many bytes
-    uint64_t moved          # of them are transferred
-    iovec pieces[ZERO_PIECES]
 
 # What channels of a storage share.
 cdef struct Shared:
@@ -164,9 +97,6 @@ cdef struct Shared:
     int64_t writers
     int64_t alone
 
-cdef char zeros_room[ZEROS + PAGE]
-cdef char *zeros = <char *>((<uint64_t>zeros_room + PAGE - 1) & ~<uint64_t>(PAGE - 1))
-
 
 class UringUnavailable(VhostpyError):
     """This kernel, or its configuration, has no io_uring for us."""
@@ -175,76 +105,6 @@ class UringUnavailable(VhostpyError):
 cdef inline bint unsupported(int result) noexcept nogil:
     # EINVAL: a block device that takes only whole blocks of more than 512 bytes.
     return result in (-EOPNOTSUPP, -ENOSYS, -ENODEV, -ENOTTY, -EINVAL)
-
-
-# --- Detours -----------------------------------------------------------------------------
-
-cdef void step(Detour *detour, uint64_t got) noexcept nogil:
-    """`got` bytes of the list are done; the next entry goes on behind them."""
-    detour.offset += got
-    detour.size -= got
-    while detour.count > 0 and got >= detour.iov.iov_len:
-        got -= detour.iov.iov_len
-        if detour.cut_at != NULL:
-            detour.cut_at[0] = detour.cut
-            detour.cut_at = NULL
-        detour.iov += 1
-        detour.count -= 1
-    if got > 0:
-        if detour.cut_at == NULL:
-            detour.cut_at = detour.iov
-            detour.cut = detour.iov[0]
-        detour.iov.iov_base = <char *>detour.iov.iov_base + got
-        detour.iov.iov_len -= got
-
-
-cdef void copy_part(const Request *request, uint64_t at, uint8_t *buffer, uint64_t length,
-                    bint from_buffer) noexcept nogil:
-    """`length` bytes of the request's buffers, from byte `at` on, to or from `buffer`."""
-    cdef int i = 0
-    cdef uint64_t piece
-    cdef uint8_t *guest
-    while length > 0 and i < request.iov_count:
-        if at >= request.iov[i].iov_len:
-            at -= request.iov[i].iov_len
-            i += 1
-            continue
-        piece = min(length, request.iov[i].iov_len - at)
-        guest = <uint8_t *>request.iov[i].iov_base + at
-        if from_buffer:
-            memcpy(guest, buffer, piece)
-        else:
-            memcpy(buffer, guest, piece)
-        buffer += piece
-        length -= piece
-        at += piece
-
-
-cdef void next_bounce(const Request *request, Detour *detour, uint32_t alignment) noexcept nogil:
-    """Fills in the blocks that the next piece touches, and what has to be done first."""
-    cdef uint64_t mask = ~<uint64_t>(alignment - 1)
-    cdef uint64_t end
-    detour.start = detour.offset & mask
-    end = min((detour.offset + detour.size + alignment - 1) & mask,
-              detour.start + BOUNCE_BYTES)
-    detour.length = end - detour.start
-    detour.moved = 0
-    detour.stage = BOUNCE
-    if request.op == Op.WRITE:
-        if detour.start < detour.offset or detour.offset + detour.size < end:
-            detour.stage = MERGE
-        else:
-            fill_bounce(request, detour)
-
-
-cdef inline uint64_t bounce_part(const Detour *detour) noexcept nogil:
-    # Bytes of the request that the buffer holds.
-    return min(detour.size, detour.start + detour.length - detour.offset)
-
-
-cdef void fill_bounce(const Request *request, Detour *detour) noexcept nogil:
-    copy_part(request, detour.offset - request.offset,
-              detour.buffer + (detour.offset - detour.start), bounce_part(detour), False)
 
 
 # --- Storage and channel -------------------------------------------------------------------
@@ -650,7 +510,7 @@ cdef class UringChannel(Channel):
                 count = detour.count
                 if detour.stage == WRITE_ZEROS:
                     iov = detour.pieces
-                    count = self.point_at_zeros(detour)
+                    count = point_at_zeros(detour)
                 elif detour.stage != CONTINUE:
                     iov = detour.pieces
                     iov.iov_base = detour.buffer + detour.moved
@@ -671,17 +531,6 @@ cdef class UringChannel(Channel):
                 io_uring_prep_writev(entry, 0, iov, min(count, <int32_t>IOV_MAX), offset)
         entry.flags = IOSQE_FIXED_FILE | (IOSQE_ASYNC if unlikely(forced) else 0)
         entry.user_data = <uint64_t>request
-
-    cdef int32_t point_at_zeros(self, Detour *detour) noexcept nogil:
-        cdef uint64_t left = detour.size
-        cdef int32_t i
-        for i in range(ZERO_PIECES):
-            detour.pieces[i].iov_base = zeros
-            detour.pieces[i].iov_len = min(left, <uint64_t>ZEROS)
-            left -= detour.pieces[i].iov_len
-            if left == 0:
-                return i + 1
-        return ZERO_PIECES
 
     cdef bint came_back(self, Request *request, int32_t got) noexcept nogil:
         """An entry is done; False: the request goes on with another."""
