@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from tests.peers.peers import PeerMissing, system, trixie
 from vhostpy.backends.storage import lock
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
@@ -164,65 +163,3 @@ def test_a_file_system_without_locks_is_served_with_a_warning(path, monkeypatch,
     monkeypatch.setattr(lock, "_lock", refuse)
     FileStorage(path).close()
     assert "nothing keeps a second process from it" in caplog.text
-
-
-# QEMU's own ------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["trixie", "system"])
-def qemu(request):
-    find = trixie if request.param == "trixie" else system
-
-    def program(name):
-        try:
-            return find(name)
-        except PeerMissing as error:
-            pytest.skip(str(error))
-
-    return program
-
-
-def qemu_img(qemu, *words):
-    program = qemu("qemu-img")
-    return subprocess.run(
-        [*program.argv, *words], env=program.env(), capture_output=True, text=True, timeout=60
-    )
-
-
-def test_qemu_img_refuses_what_we_write(path, qemu):
-    storage = UringStorage(path)
-    for command in (
-        ["resize", "-f", "raw", path, "2M"],
-        ["bench", "-w", "-f", "raw", "-c", "1", path],
-    ):
-        refused = qemu_img(qemu, *command)
-        assert refused.returncode != 0 and "Failed to get" in refused.stderr, command
-    storage.close()
-    assert qemu_img(qemu, "resize", "-f", "raw", path, "2M").returncode == 0
-
-
-def test_qemu_img_reads_what_we_read(path, qemu):
-    storage = UringStorage(path, read_only=True)
-    assert qemu_img(qemu, "bench", "-f", "raw", "-c", "1", path).returncode == 0
-    assert qemu_img(qemu, "bench", "-w", "-f", "raw", "-c", "1", path).returncode != 0
-    storage.close()
-
-
-def test_we_refuse_what_qemu_writes(path, qemu, tmp_path, no_grace):
-    program = qemu("qemu-storage-daemon")
-    socket = tmp_path / "nbd"
-    command = [
-        *program.argv, "--blockdev", f"driver=file,node-name=disk,filename={path}",
-        "--nbd-server", f"addr.type=unix,addr.path={socket}",
-        "--export", "type=nbd,id=e,node-name=disk,writable=on",
-    ]  # fmt: skip
-    with subprocess.Popen(command, env=program.env()) as process:
-        deadline = time.monotonic() + 30
-        while not socket.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        for read_only in (False, True):
-            with pytest.raises(ConfigError, match=rf"in use by \S+ \(pid {process.pid}\)"):
-                UringStorage(path, read_only=read_only)
-        process.kill()
-    UringStorage(path).close()
