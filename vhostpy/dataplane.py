@@ -7,6 +7,7 @@ changes it and lets it go again.
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -168,8 +169,10 @@ class DataPlane:
 
     def make_inflight(self, effect: e.MakeInflight) -> OwnedFd:
         """Zeroed memory, for the front-end to keep: nothing of it stays here."""
-        fd = OwnedFd(os.memfd_create("vhostpy-inflight", os.MFD_CLOEXEC))
+        fd = OwnedFd(os.memfd_create("vhostpy-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         os.ftruncate(fd.fileno(), effect.size)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, seals)
         return fd
 
     # Memory ------------------------------------------------------------------------

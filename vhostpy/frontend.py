@@ -164,7 +164,7 @@ class FrontEnd:
         self.layout = layout  # read once, when `shared` is first looked at
         self.hugepages = hugepages
         self._shared: SharedMemory | None = None
-        self._inflight: tuple[Inflight, OwnedFd] | None = None
+        self.inflight: tuple[Inflight, OwnedFd] | None = None
         self._decoder = Decoder(REPLIES_TO_FRONT_END)
 
     def __enter__(self) -> Self:
@@ -188,9 +188,9 @@ class FrontEnd:
         if self._shared is not None:
             self._shared.fd.close()
             self._shared = None
-        if self._inflight is not None:
-            self._inflight[1].close()
-            self._inflight = None
+        if self.inflight is not None:
+            self.inflight[1].close()
+            self.inflight = None
 
     def connect_again(self, path: str) -> None:
         """A session with the next back-end, for the same guest: its rings go on.
@@ -207,7 +207,7 @@ class FrontEnd:
         self.features = self.protocol_features = 0
         self.negotiate(features, protocol_features)
         self.set_mem_table()
-        if self._inflight is not None:
+        if self.inflight is not None:
             self.set_inflight()
         for queue in self.queues.values():
             base = first_base(features)
@@ -378,16 +378,16 @@ class FrontEnd:
         reply = self.receive()
         if len(reply.fds) != 1:
             raise ProtocolError(f"{reply.name}: {len(reply.fds)} fds, expected 1")
-        if self._inflight is not None:
-            self._inflight[1].close()
+        if self.inflight is not None:
+            self.inflight[1].close()
         # The sizes that were asked for, as QEMU keeps them.
         made = Inflight(reply.payload.mmap_size, reply.payload.mmap_offset, num_queues, queue_size)
-        self._inflight = made, reply.fds[0].move()
+        self.inflight = made, reply.fds[0].move()
 
     def set_inflight(self) -> None:
         """Hands that memory over; rings started after it use it."""
-        assert self._inflight is not None, "get_inflight comes first"
-        area, fd = self._inflight
+        assert self.inflight is not None, "get_inflight comes first"
+        area, fd = self.inflight
         self.request(FrontEndRequest.SET_INFLIGHT_FD, area, [fd])
 
     def start_queue(

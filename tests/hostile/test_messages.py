@@ -160,6 +160,18 @@ def inflight_with(head: bytes):
     return attack
 
 
+def inflight_truncated(guest: FrontEnd) -> None:
+    """Under a running ring, whose worker then writes there."""
+    with OwnedFd(memfd(4096)) as fd:
+        guest.stop_queue(0)
+        guest.request(R.SET_INFLIGHT_FD, Inflight(4096, 0, 1, 16), [fd])
+        guest.announce(guest.queues[0], base=0)
+        os.ftruncate(fd.fileno(), 0)
+    buffer = guest.allocate(4096)
+    guest.queues[0].ring.add([(buffer, 16)], [(buffer + 512, 513)])
+    guest.queues[0].ring.kick()
+
+
 def say(request, payload=b"", fds=0, **flags):
     return lambda guest: _send(guest, encode(request, payload, **flags), fds)
 
@@ -284,6 +296,7 @@ ATTACKS = {
     ),
     "inflight: unaligned": inflight_of(lambda: memfd(8192), Inflight(4096, 4, 1, 16)),
     "inflight: queues of 0": inflight_of(lambda: memfd(4096), Inflight(4096, 0, 1, 0)),
+    "inflight: truncated under a ring": inflight_truncated,
     "inflight: of another version": inflight_with(struct.pack("<QHH", 0, 2, 16)),
     "inflight: of another size": inflight_with(struct.pack("<QHH", 0, 1, 15)),
     "size: 4 GiB of payload": raw(header(R.SET_MEM_TABLE, 0xFFFFFFFF)),

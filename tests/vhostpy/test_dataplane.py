@@ -308,6 +308,16 @@ def test_a_ring_whose_device_fails_to_drain_it_is_taken_away_all_the_same(
             assert guest.request() == 0
 
 
+def test_memory_that_we_make_for_requests_under_way_cannot_be_truncated(disk, path):
+    with serving(Server(disk, path=path)), connect(path) as guest:
+        guest.get_inflight(RINGS, 64)
+        with pytest.raises(PermissionError):
+            os.ftruncate(guest.inflight[1].fileno(), 0)
+        guest.set_inflight()
+        offer_read(guest, queue := guest.start_queue(0, 64))
+        queue.wait_used()
+
+
 def test_requests_that_hang_are_not_done_again_before_they_have_ended(
     hung_disk, gate, path, monkeypatch
 ):
