@@ -29,7 +29,7 @@ test-long:      ## soaks: hundreds of resets, kills and migrations
 	@$(PYTEST) -m long --timeout=3600
 
 test-asan:      ## the tests without guests, with ASan, UBSan and Cython's checks; 10 minutes
-	@tests/peers/install.sh build
+	@tests/peers/install.sh test
 	@$(call compile,debug,VHOSTPY_DEBUG=1)
 	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0 \

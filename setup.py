@@ -8,6 +8,7 @@ bench/ needs too (never installed).
 import glob
 import os
 import platform
+import subprocess
 
 from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
@@ -24,10 +25,13 @@ if DEBUG:
               "-fsanitize=address,undefined", "-fno-sanitize=alignment", *MARCH]
     LDFLAGS = ["-fsanitize=address,undefined"]
 
-# Without its headers io_uring stays out, and a pool of threads serves files.
-# The static library, so that what is built runs where no liburing is installed.
-URING = "backends/storage/uring.pyx"
-HAS_URING = any(map(os.path.exists, ("/usr/include/liburing.h", "/usr/local/include/liburing.h")))
+# Modules that stand on a library which not everybody has: header, and how to link. Left out
+# where the header is missing. liburing's static one, so that what is built runs without it.
+OPTIONAL = {
+    "uring.pyx": ("liburing.h", "-l:liburing.a"),
+    "_link.pyx": ("libnbd.h", "-lnbd"),
+    "nbd.pyx": ("libnbd.h", "-lnbd"),
+}
 
 DIRECTIVES = {
     "language_level": 3,
@@ -39,15 +43,33 @@ DIRECTIVES = {
 }
 
 
+def has_header(name):
+    """Whether the compiler finds <name>."""
+    try:
+        found = subprocess.run(
+            [os.environ.get("CC", "cc"), "-E", "-include", name, "-x", "c", os.devnull],
+            capture_output=True, check=False)
+    except OSError:
+        return False
+    return found.returncode == 0
+
+
+def library(path):
+    """What the module at `path` is linked with besides; None where that cannot be had."""
+    header, *link = OPTIONAL.get(os.path.basename(path), [""])
+    if not header or has_header(header):
+        return link
+    print(f"setup.py: no {header}: {path} is left out")
+    return None
+
+
 def extensions():
     """One extension for each .pyx below vhostpy/, found through the two symlinks."""
     patterns = ["vhostpy/**/*.pyx"]
     if os.environ.get("VHOSTPY_BENCH") == "1":
         patterns.append("bench/*.pyx")
     found = [path for pattern in patterns for path in glob.glob(pattern, recursive=True)]
-    sources = sorted(
-        path for path in found if ONLY in path and (HAS_URING or not path.endswith(URING))
-    )
+    sources = sorted(path for path in found if ONLY in path)
     return [
         Extension(
             path.removesuffix(".pyx").replace("/", "."),
@@ -55,9 +77,10 @@ def extensions():
             depends=["vhostpy/_hw.h", "vhostpy/_sigbus.h"],
             include_dirs=["vhostpy"],
             extra_compile_args=CFLAGS,
-            extra_link_args=[*LDFLAGS, "-l:liburing.a"] if path.endswith(URING) else LDFLAGS,
+            extra_link_args=[*LDFLAGS, *needed],
         )
         for path in sources
+        if (needed := library(path)) is not None
     ]
 
 

@@ -67,9 +67,13 @@ cdef class Channel:
     # Doors, for tests. -----------------------------------------------------------------
 
     def run(self, op, offset: int, size: int, data: bytes = b"", *, flags: int = 0,
-            piece: int = 4096, timeout_s: float = 10) -> tuple:
-        """One request by itself, from buffers of `piece` bytes: (result, bytes read)."""
-        return self.run_all([(op, offset, size, data, flags, piece)], timeout_s=timeout_s)[0]
+            piece: int = 4096, gap: int = 0, timeout_s: float = 10) -> tuple:
+        """One request by itself: (result, bytes read).
+
+        From buffers of `piece` bytes that lie `gap` bytes apart.
+        """
+        request = (op, offset, size, data, flags, piece, gap)
+        return self.run_all([request], timeout_s=timeout_s)[0]
 
     def run_all(self, requests: list, *, sleep: bool = False, timeout_s: float = 10) -> list:
         """Requests as `run()` takes them, all under way at once. `sleep`: as a worker does
@@ -80,9 +84,11 @@ cdef class Channel:
         cdef Request *done[16]
         cdef timespec nap
         nap.tv_sec, nap.tv_nsec = 0, 50_000
+        requests = list(requests)
         for i in range(count):
             burst[i] = &all[i]
-            make_request(&all[i], (*requests[i], *DEFAULTS[len(requests[i]) - 3:]))
+            requests[i] = (*requests[i], *DEFAULTS[len(requests[i]) - 3:])
+            make_request(&all[i], requests[i])
         deadline = time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
             poller = select.epoll()
@@ -105,19 +111,21 @@ cdef class Channel:
                     self.disarm()
         results = []
         for i in range(count):
-            results.append((all[i].result, take_buffer(&all[i])))
+            results.append((all[i].result, take_buffer(&all[i], requests[i][6])))
         free(burst)
         free(all)
         return results
 
 
-DEFAULTS = (b"", 0, 4096)      # of a request's data, flags, piece
+DEFAULTS = (b"", 0, 4096, 0)   # of a request's data, flags, piece, gap
 
 
 cdef make_request(Request *request, tuple values):
     cdef char *buffer
-    cdef uint64_t at = 0
-    op, offset, size, data, flags, piece = values
+    cdef char *source
+    cdef iovec *iov
+    cdef uint64_t at = 0, gap
+    op, offset, size, data, flags, piece, gap = values
     request.op, request.flags = op, flags
     request.offset, request.size = offset, size
     request.result = 1
@@ -125,28 +133,34 @@ cdef make_request(Request *request, tuple values):
     if op > Op.WRITE:
         return
     assert not data or len(data) == size
-    buffer = <char *>malloc(size)
+    source = data
+    buffer = <char *>malloc(size + (size // piece + 1) * gap)
     request.owner = buffer
-    if data:
-        memcpy(buffer, <const char *>data, size)
     request.iov = <iovec *>calloc(size // piece + 1, sizeof(iovec))
     while at < request.size:
-        request.iov[request.iov_count].iov_base = buffer + at
-        request.iov[request.iov_count].iov_len = min(<uint64_t>piece, request.size - at)
-        at += request.iov[request.iov_count].iov_len
+        iov = &request.iov[request.iov_count]
+        iov.iov_base = buffer + at + request.iov_count * gap
+        iov.iov_len = min(<uint64_t>piece, request.size - at)
+        if data:
+            memcpy(iov.iov_base, source + at, iov.iov_len)
+        at += iov.iov_len
         request.iov_count += 1
 
 
-cdef bytes take_buffer(Request *request):
+cdef bytes take_buffer(Request *request, uint64_t gap):
     """What was read. Also looks whether the list came back as it was."""
     cdef char *buffer = <char *>request.owner
+    cdef char *base
     cdef uint64_t at = 0
     cdef int i
-    data = buffer[:request.size] if request.op == Op.READ else b""
+    parts = []
     for i in range(request.iov_count):
-        assert request.iov[i].iov_base == buffer + at, "the list was changed"
+        base = <char *>request.iov[i].iov_base
+        assert base == buffer + at + i * gap, "the list was changed"
+        parts.append(base[:request.iov[i].iov_len] if request.op == Op.READ else b"")
         at += request.iov[i].iov_len
     assert request.op > Op.WRITE or at == request.size, "the list was changed"
+    data = b"".join(parts)
     free(request.iov)
     free(buffer)
     return data

@@ -3,7 +3,8 @@
 #
 #   tests/peers/install.sh build   compiler, Python headers, .venv with the Python packages
 #   tests/peers/install.sh demo    ... and QEMU 10 with a Linux kernel for guests
-#   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both
+#   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both; libnbd
+#                                  and a server for it
 #
 # System packages come by apt (with sudo where the caller is not root). The newer peers are
 # unpacked below .cache/, without root and without touching the system: apt runs on a
@@ -38,6 +39,8 @@ missing_packages() {
     if [ "$1" = test ]; then
         command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86 seabios ipxe-qemu
         command -v qemu-storage-daemon >/dev/null || echo qemu-system-common qemu-utils
+        [ -e /usr/include/libnbd.h ] || echo libnbd-dev
+        command -v nbdkit >/dev/null || echo nbdkit
     fi
 }
 

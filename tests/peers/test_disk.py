@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.nbdkit import Nbdkit
 from tests.peers import peers, traffic
 from tests.peers.backend import Backend
 from tests.peers.guest import Guest
@@ -134,6 +135,30 @@ def test_read_only_disk_refuses_writes_and_stays_as_it_is(directory: Path) -> No
         assert guest.check("dd if=/dev/vda bs=1M 2> /dev/null | sha256sum").split()[0] == sha256(
             b"\x5a" * (4 << 20))
     assert image.read_bytes() == b"\x5a" * (4 << 20)
+
+
+def test_guest_io_outlives_an_nbd_server_killed_again_and_again(directory: Path) -> None:
+    image = make_image(directory / "nbd.img", 64)
+    with (
+        Nbdkit(directory / "nbd", "file", str(image)) as server,
+        Backend("blk", "--socket", directory / "vbnbd", "--uri", server.uri, directory=directory),
+        Guest("nbd", directory / "nbd-guest", drives=[Drive(directory / "vbnbd")]) as guest,
+    ):
+        guest.check("dd if=/dev/urandom of=/tmp/w bs=1M count=16 2> /dev/null")
+        wanted = guest.check("sha256sum /tmp/w").split()[0]
+        job = guest.background(
+            "for n in 0 1 2; do dd if=/tmp/w of=/dev/vda bs=64K oflag=direct,seek_bytes "
+            "seek=$((n * 16777216)) conv=notrunc || exit 1; done; echo 3 > "
+            "/proc/sys/vm/drop_caches; dd if=/dev/vda bs=1M count=48 iflag=direct | sha256sum")
+        for _ in range(10):
+            server.restart()
+            time.sleep(0.1)  # so that some I/O gets between
+        done = job.wait(90)
+        assert done.status == 0, done.output
+        data = image.read_bytes()
+        for number in range(3):
+            assert sha256(data[number * 16 << 20:(number + 1) * 16 << 20]) == wanted
+        assert sha256(data[:48 << 20]) in done.output
 
 
 # --- QEMU 10's virtio-blk-vhost-user driver (libblkio): a front-end without a guest --------

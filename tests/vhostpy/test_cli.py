@@ -89,7 +89,7 @@ BAD_USAGE = {
     "no verb": ("", "usage: vhostpy"),
     "unknown verb": ("nett", "did you mean 'vhostpy net'?"),
     "no socket": ("net", "e.g. vhostpy net --socket /tmp/vu0"),
-    "no contents": ("blk --socket s", "--file/--blk-file --ram --null is required"),
+    "no contents": ("blk --socket s", "--file/--blk-file --uri --ram --null is required"),
     "misspelt flag": ("net --sockt s", "did you mean --socket?"),
     "shortened flag": ("net --sock s", "did you mean --socket?"),
     "flag of the other verb": ("net --socket s --ram 1G", "unknown flag --ram"),
@@ -162,6 +162,8 @@ def assert_told(result, status, *texts):
 FAILURES = {
     "no such file": ("blk --socket s --file none.img", "none.img: no such file"),
     "unreadable image": ("blk --socket s --file folder", "folder: "),
+    "no such server": ("blk --socket s --uri nbd://127.0.0.1:1/", "refused", "start the server"),
+    "no such scheme": ("blk --socket s --uri ftp://host/", "no kind of", "nbd://localhost"),
     "empty image": ("blk --socket s --file empty.img", "0 bytes", "truncate -s"),
     "socket in use": ("net --socket used", "used is in use by a running process"),
     "file in the way": ("net --socket empty.img", "empty.img exists and is not a socket"),

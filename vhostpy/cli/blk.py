@@ -72,6 +72,11 @@ def _parser(program: str) -> Parser:
         "--file", "--blk-file", metavar="PATH", action=Once, help="a raw image or a block device"
     )
     contents.add_argument(
+        "--uri", action=Once,
+        help="a disk elsewhere: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
+        "nbds for TLS",
+    )  # fmt: skip
+    contents.add_argument(
         "--ram", metavar="SIZE", type=disk_size, action=Once,
         help="memory, lost when this process ends; e.g. 1G",
     )  # fmt: skip
@@ -146,6 +151,8 @@ def _open_storage(options: argparse.Namespace) -> Any:
             direct=options.direct,
             share_rw=options.share_rw,
         )
+    if options.uri is not None:
+        return _open_uri(options.uri, options.read_only, options.block_size)
     if options.ram is not None:
         from vhostpy.backends.storage.ram import RamStorage
 
@@ -153,6 +160,21 @@ def _open_storage(options: argparse.Namespace) -> Any:
     from vhostpy.backends.storage.null import NullStorage
 
     return NullStorage(options.null, options.block_size)
+
+
+def _open_uri(uri: str, read_only: bool, block_size: int) -> Any:
+    from vhostpy.errors import ConfigError
+
+    try:
+        from vhostpy.backends.storage.nbd import NbdStorage
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"{uri}: vhostpy was built without libnbd",
+            "apt install libnbd-dev, then build or install vhostpy again",
+        ) from None
+    except ImportError as error:  # built with it, and it was removed since
+        raise ConfigError(f"{uri}: {error}", "apt install libnbd0") from None
+    return NbdStorage(uri, read_only=read_only, block_size=block_size)
 
 
 def _serial(text: str) -> str:

@@ -1,0 +1,41 @@
+"""How a storage's own threads give requests back to the worker that polls a channel."""
+from libc.stdint cimport uint32_t, uint64_t
+from posix.unistd cimport write
+
+from vhostpy._hw cimport store_release_u32
+from vhostpy.backends.storage._storage cimport Channel, Request
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, void *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+
+cdef struct Done:
+    # Requests that came back. Plain C: a thread needs no object to reach it.
+    pthread_mutex_t lock
+    Request *first
+    Request **last
+    uint32_t count          # also read without the lock
+    uint32_t armed
+    int fd
+
+cdef inline void put_done(Done *done, Request *request) noexcept nogil:
+    # Any thread. The request is the channel's user's from here on.
+    cdef uint64_t one = 1
+    request.next = NULL
+    pthread_mutex_lock(&done.lock)
+    done.last[0] = request
+    done.last = &request.next
+    store_release_u32(&done.count, done.count + 1)
+    if done.armed:
+        done.armed = 0
+        # Under the lock, which close() takes: the fd is still ours.
+        write(done.fd, &one, sizeof(one))
+    pthread_mutex_unlock(&done.lock)
+
+cdef class DoneChannel(Channel):
+    # A channel whose requests come back by put_done(); subclasses say submit().
+    cdef Done *done
