@@ -4,6 +4,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._ring cimport Chain, Virtqueue
 from vhostpy.memory cimport Segment
 from vhostpy.worker cimport Pollable, Turn, Workers
+from vhostpy.backends.latency cimport Latency
+from vhostpy.backends.limits cimport Limits
 from vhostpy.backends.storage._storage cimport Channel, Request, Storage
 
 cdef struct BlkCounters:
@@ -34,6 +36,8 @@ cdef class DiskQueue(Pollable):
     cdef readonly Storage storage
     cdef readonly Channel channel
     cdef Workers workers
+    cdef Limits limits
+    cdef readonly int timer_fd      # wakes the worker when the limits allow; -1: none
     # Control's orders.
     cdef uint32_t draining
     cdef uint32_t abandoned
@@ -49,6 +53,8 @@ cdef class DiskQueue(Pollable):
     cdef Request **last
     cdef int64_t started            # requests that entered `memory` in this poll
     cdef BlkCounters counts
+    cdef Latency *latency
+    cdef uint64_t now               # ticks() of the last completion
     cdef bint told_broken
     cdef int32_t first_error        # negative errno of the first I/O error
     cdef int32_t first_error_op
@@ -56,6 +62,8 @@ cdef class DiskQueue(Pollable):
     # Control's.
     cdef list kept                  # generations that abandoned requests still use
 
+    cdef int take_limited(self, Turn *turn) noexcept nogil
+    cdef bint sleeps_for_limits(self) noexcept nogil
     cdef int take(self, Turn *turn) noexcept nogil
     cdef void begin(self, Chain *chain, Turn *turn) noexcept nogil
     cdef uint8_t begin_transfer(self, Slot *slot, Segment *data, int count, uint64_t size,

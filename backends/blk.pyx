@@ -11,13 +11,16 @@ from libc.errno cimport EFAULT
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from posix.uio cimport iovec
+from posix.unistd cimport close
 
 from vhostpy._hw cimport (
     atomic_add_i64, load_acquire_u32, read_once_u8, read_once_u32, read_once_u64,
-    store_release_u32, unlikely,
+    store_release_u32, ticks, unlikely,
 )
 from vhostpy._ring cimport BURST, CHAIN_OK
 from vhostpy.memory cimport GuestMemory, poison
+from vhostpy.backends.latency cimport count_latency, latency_bins
+from vhostpy.backends.limits cimport open_timer, set_timer
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op
 
 import os
@@ -65,6 +68,7 @@ cdef struct Slot:
     uint64_t status_gpa
     iovec *iov
     uint64_t *gpas          # of each iovec
+    uint64_t taken_at       # ticks() of the poll that took it
     Request *parts          # a discard of several ranges, instead of `request`
     int32_t room            # iovecs that `iov` and `gpas` hold
     int32_t pending         # requests that the storage has not given back
@@ -137,8 +141,9 @@ cdef class DiskQueue(Pollable):
 
     def __cinit__(self, Virtqueue virtqueue not None, Storage storage not None, *,
                   bytes serial=b"", bint read_only=False, bint write_through=False,
-                  Workers workers=None):
+                  Workers workers=None, Limits limits=None):
         cdef uint32_t i
+        self.timer_fd = -1
         if len(serial) > SERIAL_BYTES:
             raise ValueError(f"serial of {len(serial)} bytes, at most {<int>SERIAL_BYTES}")
         memset(self.serial, 0, SERIAL_BYTES)
@@ -147,13 +152,15 @@ cdef class DiskQueue(Pollable):
         self.virtqueue = virtqueue
         self.storage = storage
         self.workers = workers
+        self.limits = limits if limits is not None else Limits()
         self.read_only = read_only or storage.read_only
         self.write_through = write_through
         self.last = &self.first
         self.slot_count = min(virtqueue.size(), <uint32_t>SLOTS_MAX)
         self.slots = <Slot *>calloc(self.slot_count, sizeof(Slot))
         self.free_slots = <uint16_t *>calloc(self.slot_count, sizeof(uint16_t))
-        if self.slots == NULL or self.free_slots == NULL:
+        self.latency = <Latency *>calloc(1, sizeof(Latency))
+        if self.slots == NULL or self.free_slots == NULL or self.latency == NULL:
             raise MemoryError
         # A stack with slot 0 on top: a shallow queue touches few slots.
         for i in range(self.slot_count):
@@ -163,6 +170,9 @@ cdef class DiskQueue(Pollable):
 
     def __dealloc__(self):
         cdef uint32_t i
+        free(self.latency)
+        if self.timer_fd >= 0:
+            close(self.timer_fd)
         if self.free_count < self.slot_count:
             return              # the storage still writes there: a leak, not a crash
         if self.slots != NULL:
@@ -183,8 +193,10 @@ cdef class DiskQueue(Pollable):
             return 0            # what completes meanwhile waits in the channel
         if self.free_count < self.slot_count:
             found = self.complete()
-        if not load_acquire_u32(&self.draining) or self.virtqueue.has_again():
-            found += self.take(turn)
+        if not load_acquire_u32(&self.draining):
+            found += self.take_limited(turn) if self.limits.on else self.take(turn)
+        elif self.virtqueue.has_again():
+            found += self.take(turn)    # a drain waits for these: no limit holds it up
         found += self.submit()
         if self.free_count < self.slot_count:
             # A storage that is done at once, answers at once.
@@ -204,12 +216,38 @@ cdef class DiskQueue(Pollable):
             return True
         if load_acquire_u32(&self.draining) or self.free_count == 0 or self.first != NULL:
             return False        # a completion comes first
+        if self.limits.on and self.sleeps_for_limits():
+            return False
         return self.virtqueue.arm()
 
     cdef void disarm(self) noexcept nogil:
         self.channel.disarm()
         if not load_acquire_u32(&self.abandoned) and self.virtqueue.is_live():
             self.virtqueue.disarm()
+
+    cdef int take_limited(self, Turn *turn) noexcept nogil:
+        """take(), as much as the disk's limits allow now."""
+        cdef int taken
+        cdef int32_t frames = turn.frames
+        cdef int64_t size = turn.bytes, may_frames, may_size
+        if not self.limits.clip(turn):
+            return 0
+        may_frames = turn.frames
+        may_size = turn.bytes
+        taken = self.take(turn)
+        self.limits.charge(may_frames - turn.frames, may_size - turn.bytes)
+        # The turn's budget is what it was, less what was taken.
+        turn.frames += frames - <int32_t>may_frames
+        turn.bytes += size - may_size
+        return taken
+
+    cdef bint sleeps_for_limits(self) noexcept nogil:
+        """The timer wakes it, not the guest: a kick would find that nothing may pass."""
+        cdef int64_t wait_ns = self.limits.wait_ns(<int64_t>ticks())
+        if wait_ns == 0 or self.timer_fd < 0:
+            return False
+        set_timer(self.timer_fd, wait_ns)
+        return True
 
     cdef int take(self, Turn *turn) noexcept nogil:
         """Pops chains while the budget, the slots and the storage last; how many."""
@@ -283,6 +321,7 @@ cdef class DiskQueue(Pollable):
         slot.result = 0
         slot.pending = 0
         slot.flushed = 0
+        slot.taken_at = turn.now
         slot.chain = chain[0]
         slot.chain.segments = NULL      # gone with this burst
         if kind == T_IN:
@@ -441,6 +480,8 @@ cdef class DiskQueue(Pollable):
         cdef int64_t ended = 0
         cdef int count, i
         count = self.channel.poll(done, BURST)
+        if count > 0:
+            self.now = ticks()
         for i in range(count):
             request = done[i]
             slot = <Slot *>request.owner
@@ -476,6 +517,7 @@ cdef class DiskQueue(Pollable):
         cdef uint64_t size = 0 if slot.parts != NULL else slot.request.size
         cdef uint32_t written = 1
         cdef int i
+        count_latency(self.latency, slot.op, self.now - slot.taken_at)
         if slot.op == Op.READ:
             self.counts.reads += 1
             self.counts.read_bytes += size
@@ -602,6 +644,16 @@ cdef class DiskQueue(Pollable):
     def set_write_through(self, bint on) -> None:
         """A write is answered when it is on stable storage."""
         store_release_u32(&self.write_through, on)
+
+    def open_timer(self) -> int:
+        """The fd that is to wake it while it is limited; watched by whoever polls it."""
+        if self.timer_fd < 0:
+            self.timer_fd = open_timer()
+        return self.timer_fd
+
+    def latency_bins(self) -> dict:
+        """How long requests took, for vhostpy.backends.latency."""
+        return latency_bins(self.latency)
 
     @property
     def error(self) -> str | None:

@@ -7,12 +7,14 @@ import asyncio
 import logging
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.backends.blk import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS, SEG_MAX, DiskQueue
+from vhostpy.backends.latency import add_bins, summary
+from vhostpy.backends.limits import Limits, Settings
 from vhostpy.backends.storage._storage import Storage
 from vhostpy.errors import ConfigError, GuestError, ProtocolError, Refused
 from vhostpy.worker import Workers
@@ -86,6 +88,8 @@ class Disk:
         self._features = 0
         self._rings: dict[int, _Ring] = {}
         self._past: dict[int, dict[str, Any]] = {}  # counters of rings that stopped
+        self._past_latency: dict[str, Any] = {}
+        self._limits = Limits()
         self._hung: list[DiskQueue] = []
         self._error_told = False
 
@@ -186,7 +190,10 @@ class Disk:
             read_only=self.read_only,
             write_through=self._write_through,
             workers=self.workers,
+            limits=self._limits,
         )
+        if self._limits.any:
+            queue.open_timer()
         try:
             self.workers.add(queue, self._fds(queue, kick_fd))
         except BaseException:
@@ -200,15 +207,14 @@ class Disk:
         pass
 
     def ring_kick(self, index: int, kick_fd: int) -> None:
-        ring = self._rings[index]
-        home = ring.queue.worker
-        self.workers.remove(ring.queue)
-        self.workers.add(ring.queue, self._fds(ring.queue, kick_fd), worker=home)
-        ring.kick_fd = kick_fd
+        self._rings[index].kick_fd = kick_fd
+        self._watch(self._rings[index])
 
     async def ring_drain(self, index: int, deadline_s: float) -> bool:
         queue = self._rings[index].queue
         queue.drain()
+        if self._limits.any:
+            self.workers.nudge()  # it may sleep for them
         self.workers.wait()  # a turn under way may still take something
         live = queue.virtqueue.live
         if not live:
@@ -234,6 +240,7 @@ class Disk:
         ring = self._rings.pop(index)
         past = self._past.get(index)
         self._past[index] = _sum(past, ring.queue.counters()) if past else ring.queue.counters()
+        add_bins(self._past_latency, ring.queue.latency_bins())
         self._tell_error(ring.queue)
         if ring.queue.inflight:
             # They end when the storage answers; until then it is polled, for that alone.
@@ -252,6 +259,24 @@ class Disk:
 
     def send_rarp(self, mac: bytes) -> None:
         raise Refused(f"{self.name}: SEND_RARP for a disk")
+
+    # The operator's orders -------------------------------------------------------------
+
+    def set_limits(self, settings: Settings) -> None:
+        """Holds from now on, for all queues together. Raises ConfigError for what cannot be."""
+        self._limits.set(settings)
+        if self._limits.any:
+            for ring in self._rings.values():
+                if ring.queue.timer_fd < 0:
+                    ring.queue.open_timer()
+                    self._watch(ring)
+        self.workers.nudge()  # a queue may sleep as long as the limits before told it to
+
+    @property
+    def limits(self) -> Settings:
+        """What set_limits() said last."""
+        settings: Settings = self._limits.settings
+        return settings
 
     # Looks at it -----------------------------------------------------------------------
 
@@ -285,10 +310,26 @@ class Disk:
             "read_only": self.read_only,
             "write_cache": not self._write_through,
             "hung_requests": sum(queue.inflight for queue in self._hung),
+            "limits": asdict(self.limits),
             "queues": queues,
         }
 
+    def latency(self) -> dict[str, Any]:
+        """How long requests took, by operation; rings that stopped included."""
+        bins: dict[str, Any] = {}
+        add_bins(bins, self._past_latency)
+        for ring in self._rings.values():
+            add_bins(bins, ring.queue.latency_bins())
+        found: dict[str, Any] = summary(bins)
+        return found
+
     # Private ---------------------------------------------------------------------------
+
+    def _watch(self, ring: _Ring) -> None:
+        """What wakes a started ring has changed."""
+        home = ring.queue.worker
+        self.workers.remove(ring.queue)
+        self.workers.add(ring.queue, self._fds(ring.queue, ring.kick_fd), worker=home)
 
     def _fds(self, queue: DiskQueue, kick_fd: int) -> list[int]:
         """What wakes it. Without a kick nobody would: it is polled for ever then."""
@@ -296,6 +337,8 @@ class Disk:
         fds = [completion_fd] if completion_fd >= 0 else []
         if queue in self._hung:
             return fds
+        if queue.timer_fd >= 0:
+            fds.append(queue.timer_fd)
         return [kick_fd, *fds] if kick_fd >= 0 else []
 
     def _choose_write_through(self) -> None:

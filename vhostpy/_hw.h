@@ -59,6 +59,15 @@ static inline void atomic_or_u8(void *p, uint8_t bits)
 { __atomic_fetch_or((uint8_t *)p, bits, __ATOMIC_SEQ_CST); }
 static inline int64_t atomic_add_i64(int64_t *p, int64_t v)
 { return __atomic_add_fetch(p, v, __ATOMIC_ACQ_REL); }
+/* Raises *p to `v` where it is less; returns what it is then. */
+static inline int64_t atomic_max_i64(int64_t *p, int64_t v)
+{
+    int64_t now = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (now < v)
+        if (__atomic_compare_exchange_n(p, &now, v, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            return v;
+    return now;
+}
 
 static inline void cpu_pause(void)
 {

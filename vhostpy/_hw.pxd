@@ -23,6 +23,7 @@ cdef extern from "_hw.h" nogil:
     void fence_full()
     void atomic_or_u8(void *, uint8_t)
     int64_t atomic_add_i64(int64_t *, int64_t)
+    int64_t atomic_max_i64(int64_t *, int64_t)
     void cpu_pause()
     void spin_lock(uint32_t *)
     void spin_unlock(uint32_t *)

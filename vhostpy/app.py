@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,8 @@ class App:
         }
         if self.switch is not None:
             answers |= {"fdb": self._fdb, "fdb_flush": self._fdb_flush}
+        if self.kind == "blk":
+            answers |= {"limit": self._limit}
         return answers
 
     def _status(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +134,7 @@ class App:
                 "kind": server.device.kind,
                 "socket": server.path if server.path is not None else f"fd {server.fd}",
                 "queues": server.device.status()["queues"],
+                **_latency(server.device),
             }
             for server in servers
         ]
@@ -138,6 +142,23 @@ class App:
     def _workers(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         _take(arguments)
         return self._loads or self.workers.loads()
+
+    def _limit(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Sets what is given (0: no limit), and says what holds then."""
+        wanted, iops, bandwidth, burst_us = _take(
+            arguments, "port", "iops", "bandwidth", "burst_us"
+        )
+        disk: Any = self._only_server(wanted).device
+        settings = disk.limits
+        if iops is not None:
+            settings = replace(settings, requests_per_s=_number("iops", iops) or None)
+        if bandwidth is not None:
+            settings = replace(settings, bytes_per_s=_number("bandwidth", bandwidth) or None)
+        if burst_us is not None:
+            settings = replace(settings, burst_s=_number("burst_us", burst_us) / 1e6)
+        if settings != disk.limits:
+            disk.set_limits(settings)
+        return {"port": disk.name, **asdict(settings)}
 
     def _fdb(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         (wanted,) = _take(arguments, "port")
@@ -155,6 +176,13 @@ class App:
         assert self.switch is not None
         port = None if wanted is None else self._port_index(wanted)
         return {"flushed": self.switch.fdb.flush(port)}
+
+    def _only_server(self, wanted: str | None) -> "Server":
+        if wanted is not None:
+            return self._server(wanted)
+        if len(self.servers) != 1:
+            raise ConfigError(f"{self.name} has {len(self.servers)} disks", "name one with --port")
+        return self.servers[0]
 
     def _server(self, wanted: str) -> "Server":
         for server in self.servers:
@@ -313,6 +341,17 @@ def _take(arguments: Mapping[str, Any], *names: str) -> list[str | None]:
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{name!r} is text, not {type(value).__name__}")
     return [arguments.get(name) for name in names]
+
+
+def _number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ConfigError(f"{name!r} is a whole number, not {text[:100]!r}")
+    return int(text)
+
+
+def _latency(device: Any) -> dict[str, Any]:
+    """Of devices that know how long their requests take."""
+    return {"latency": device.latency()} if hasattr(device, "latency") else {}
 
 
 def _next_path(path: str) -> str:

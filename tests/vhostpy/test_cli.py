@@ -114,6 +114,8 @@ BAD_USAGE = {
     "odd block size": ("blk --socket s --ram 1G --block-size 3K", "one of 512, 1K, 2K, 4K"),
     "size not in blocks": ("blk --socket s --ram 512 --block-size 4K", "round it, e.g. to 4096"),
     "direct RAM": ("blk --socket s --ram 1G --direct", "--direct is for --file"),
+    "no requests": ("blk --socket s --ram 1G --iops 0", "'0' is out of range"),
+    "a rate of a switch": ("net --socket s --iops 5", "unknown flag --iops"),
     "long serial": (f"blk --socket s --ram 1G --serial {'1' * 21}", "at most 20 printable ASCII"),
     "no queues": ("net --socket s --queues 0", "a whole number from 1 to 128"),
     "too many queues": ("blk --socket s --ram 1G --queues 257", "a whole number from 1 to 256"),
@@ -366,7 +368,8 @@ def test_the_forwarding_table_is_shown_and_flushed(place):
 
 def test_a_disk_has_no_forwarding_table(place):
     with Running("blk", "--socket", "vb0", "--ram", "1M"):
-        assert_told(run("fdb", "show"), 1, "cannot do 'fdb'", "one of: status, stats")
+        verbs = "one of: status, stats, workers, limit"
+        assert_told(run("fdb", "show"), 1, "cannot do 'fdb'", verbs)
 
 
 def test_the_second_port_is_explained_once_where_there_is_one(place):
@@ -481,6 +484,28 @@ def test_a_disk_is_read_and_written(place):
     figures = json.loads(result.stdout)
     assert figures["reads"] > 10 and figures["writes"] > 10 and figures["verified"]
     assert "every block that was written" in table.stdout and "kIOPS" in table.stdout
+
+
+def test_a_limited_disk_does_what_it_may_and_says_how_long_it_took(place):
+    words = ["load", "vb0", "--seconds", "1", "--warmup", "0.3", "--json", "--depth", "16"]
+    flags = ["--iops", "2000", "--bandwidth", "100M"]
+    with Running("blk", "--socket", "vb0", "--ram", "8M", *flags):
+        figures = json.loads(run(*words).stdout)
+        assert abs(figures["reads"] / figures["seconds"] / 2000 - 1) < 0.05
+        limits = json.loads(run("limit", "vb0", "--iops", "none", "--bandwidth", "8M",
+                                "--json").stdout)  # fmt: skip
+        assert limits == {"port": "vb0", "requests_per_s": None, "bytes_per_s": 8 << 20,
+                          "burst_s": 0.1}  # fmt: skip
+        figures = json.loads(run(*words).stdout)
+        assert abs(figures["reads"] / figures["seconds"] / 2048 - 1) < 0.05
+        assert "8M" in run("limit").stdout
+        (port,) = json.loads(run("stats", "--json").stdout)["ports"]
+        read = port["latency"]["read"]
+        assert read["count"] == sum(count for _, count in read["histogram_us"]) > 3000
+        # What waits for its turn waits with the guest: it is not the disk that is slow.
+        assert 0 < read["p50_us"] <= read["p99_9_us"] <= read["max_us"]
+        assert "99.9 % us" in run("stats").stdout
+        assert_told(run("limit", "--port", "vb7"), 1, "no port 'vb7'", "one of: vb0")
 
 
 def test_a_load_whose_requests_fail_says_so(place):

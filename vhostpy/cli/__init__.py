@@ -17,6 +17,7 @@ VERBS = {
     "status": "what runs, where each handshake stands and what it waits for",
     "fdb": "shows or flushes the switch's forwarding table",
     "stats": "counters per port and queue, and the reason of each drop",
+    "limit": "what a disk may do in a second, changed while it runs",
     "load": "packets or I/O for any vhost-user back-end",
 }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vhostpy.cli.options import (
     Once,
     Parser,
+    add_limit_flags,
     add_process_flags,
     bad,
     check_fd,
@@ -102,12 +103,14 @@ def _parser(program: str) -> Parser:
         "--block-size", metavar="SIZE", type=_block_size, default=512, action=Once,
         help="logical block size that the guest sees: 512 to 4K (default: 512)",
     )  # fmt: skip
+    add_limit_flags(parser)
     return parser
 
 
 def _build(options: argparse.Namespace) -> "App":
     from vhostpy.app import App
     from vhostpy.backends.disk import Disk
+    from vhostpy.backends.limits import Settings
     from vhostpy.server import Server
     from vhostpy.worker import Workers
 
@@ -122,6 +125,13 @@ def _build(options: argparse.Namespace) -> "App":
         serial=options.serial,
         block_size=options.block_size,
         read_only=options.read_only,
+    )
+    disk.set_limits(
+        Settings(
+            options.iops or None,
+            options.bandwidth or None,
+            *([] if options.burst is None else [options.burst / 1e6]),
+        )
     )
     server = Server(
         disk,

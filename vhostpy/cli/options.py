@@ -113,6 +113,16 @@ def microseconds(text: str) -> int:
     return time_us
 
 
+def requests_per_s(text: str) -> int:
+    """'5000'; 'none' is 0."""
+    return 0 if text == "none" else whole(1, 10**9)(text)
+
+
+def bytes_per_s(text: str) -> int:
+    """'100M', in binary units; 'none' is 0."""
+    return 0 if text == "none" else size_bytes(text)
+
+
 def cpu_list(text: str) -> list[int]:
     """'0-3,6': processors to pin workers to, in the order given."""
     cpus: list[int] = []
@@ -245,6 +255,22 @@ def add_process_flags(parser: Parser, *, queues: int, queues_limit: int, many: b
         "--json", action="store_true", help="once it listens, say so in JSON on standard output"
     )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", action=Once)
+
+
+def add_limit_flags(parser: Parser) -> None:
+    """The flags that `blk` and `limit` share."""
+    parser.add_argument(
+        "--iops", metavar="N", type=requests_per_s, action=Once,
+        help="requests a second, at most; none: as many as it can",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bandwidth", metavar="SIZE", type=bytes_per_s, action=Once,
+        help="bytes a second that are read and written, at most, e.g. 100M; none: no limit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--burst", metavar="TIME", type=microseconds, action=Once,
+        help="what an idle disk may save up of its limits, as a time (default: 100ms)",
+    )  # fmt: skip
 
 
 def add_target_flags(parser: Parser) -> None:

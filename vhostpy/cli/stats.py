@@ -28,7 +28,8 @@ def main(arguments: list[str], program: str) -> int:
         print_json({"ports": ports, "workers": workers})
     else:
         items = "requests" if ports and ports[0]["kind"] == "blk" else "packets"
-        show(*(_table(port) for port in ports), _workers(workers, items))
+        parts = (part for port in ports for part in (_table(port), *_latency(port)))
+        show(*parts, _workers(workers, items))
     return 0
 
 
@@ -54,6 +55,19 @@ def _workers(workers: list[dict[str, Any]], items: str) -> Any:
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def _latency(port: dict[str, Any]) -> Iterator[Any]:
+    """How long a disk's requests took, by operation; nothing where there were none."""
+    if latency := port.get("latency"):
+        times = ("p50_us", "p99_us", "p99_9_us", "max_us")
+        headings = ("requests", "median us", "99 % us", "99.9 % us", "longest us")
+        rows = table("latency", *headings, numbers=headings)
+        for op, row in latency.items():
+            rows.add_row(
+                cell(op.replace("_", " ")), str(row["count"]), *(f"{row[t]:g}" for t in times)
+            )
+        yield rows
 
 
 def _table(port: dict[str, Any]) -> Any:
