@@ -278,6 +278,14 @@ class Disk:
         settings: Settings = self._limits.settings
         return settings
 
+    def grow(self, actual_bytes: int) -> bool:
+        """The storage has `actual_bytes` now; True: more than the guest knows of."""
+        before = self.storage.size_bytes
+        if not self.storage.grow(actual_bytes // self.block_size * self.block_size):
+            return False
+        log.info("%s: grown from %d to %d bytes", self.name, before, self.storage.size_bytes)
+        return True
+
     # Looks at it -----------------------------------------------------------------------
 
     def attend(self) -> None:

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vhostpy")
 
 TICK_S = 1.0  # ageing of the forwarding table, load figures
+ANSWER_S = 0.5  # that a question to a storage may hold up everybody's messages
 CLOSE_S = 8.0  # longer than a ring may take to drain; then we end all the same
 
 
@@ -103,7 +105,7 @@ class App:
         if self.switch is not None:
             answers |= {"fdb": self._fdb, "fdb_flush": self._fdb_flush}
         if self.kind == "blk":
-            answers |= {"limit": self._limit}
+            answers |= {"limit": self._limit, "resize": self._resize}
         return answers
 
     def _status(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +178,28 @@ class App:
         assert self.switch is not None
         port = None if wanted is None else self._port_index(wanted)
         return {"flushed": self.switch.fdb.flush(port)}
+
+    def _resize(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Looks whether a disk has grown; its guest is told then."""
+        (wanted,) = _take(arguments, "port")
+        server = self._only_server(wanted)
+        disk: Any = server.device
+        before = disk.storage.size_bytes
+        actual = _bounded(disk.storage.actual_bytes)
+        if actual is None:
+            raise ConfigError(f"{disk.storage.name} does not answer", "see whether it hangs")
+        if actual < before:
+            raise ConfigError(
+                f"{disk.storage.name} has {actual} bytes, and the guest knows of {before}",
+                "disks only grow; give it back what it had, or I/O past its end fails",
+            )
+        grown = disk.grow(actual)
+        return {
+            "port": disk.name,
+            "size_before_bytes": before,
+            "size_bytes": disk.storage.size_bytes,
+            "guest_told": grown and server.tell_config_changed(),
+        }
 
     def _only_server(self, wanted: str | None) -> "Server":
         if wanted is not None:
@@ -341,6 +365,15 @@ def _take(arguments: Mapping[str, Any], *names: str) -> list[str | None]:
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{name!r} is text, not {type(value).__name__}")
     return [arguments.get(name) for name in names]
+
+
+def _bounded(ask: Callable[[], int]) -> int | None:
+    """What `ask` returns; None where that takes too long: a file system may hang."""
+    answers: list[int] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    return answers[0] if answers else None
 
 
 def _number(name: str, text: str) -> int:

@@ -10,19 +10,21 @@ import contextlib
 import fcntl
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vhostpy import effects as e
 from vhostpy._inflight import InflightArea
 from vhostpy._ring import Virtqueue
-from vhostpy._spec import Feature
+from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
 from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
 from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
 from vhostpy.notify import signal_once
 from vhostpy.payloads import MemoryRegion
+from vhostpy.protocol import BackEndRequest, encode
 from vhostpy.session import Session
 
 log = logging.getLogger("vhostpy")
@@ -241,6 +243,30 @@ class DataPlane:
             return None, None
         state = self.session.rings[index]
         return self.log, state.used_log_gpa if state.log_used else None
+
+    # Our own requests --------------------------------------------------------------
+
+    def tell_config_changed(self) -> bool:
+        """Has the front-end read the config space anew; False: there is no way to tell it.
+
+        Source: vhost-user, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. Waits for nothing: no reply
+        is asked for, and a front-end that takes nothing from its channel is not told.
+        """
+        has_config = self.session.protocol_features >> ProtocolFeature.CONFIG & 1
+        if self.backend_channel is None or not has_config:
+            return False
+        message = encode(BackEndRequest.CONFIG_CHANGE_MSG)
+        try:
+            # The front-end may have sent any file; only a socket can refuse to block.
+            channel = socket.socket(fileno=self.backend_channel.fileno())
+        except OSError:
+            return False
+        try:
+            return channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(message)
+        except OSError:
+            return False
+        finally:
+            channel.detach()  # not ours to close
 
     # Rings -------------------------------------------------------------------------
 

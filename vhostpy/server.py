@@ -110,6 +110,10 @@ class Server:
             "device": self.device.status(),
         }
 
+    def tell_config_changed(self) -> bool:
+        """Has the front-end read the device's config space anew; False: it cannot be told."""
+        return self.connection is not None and self.connection.plane.tell_config_changed()
+
     # Private ------------------------------------------------------------------------
 
     async def _accept(self, listener: socket.socket) -> None:

@@ -39,6 +39,21 @@ cdef class Storage:
         """A new queue into this storage, for one worker's use."""
         raise NotImplementedError
 
+    def actual_bytes(self) -> int:
+        """How large what it stands on is now; may wait for that. Any thread."""
+        return self.size_bytes
+
+    def grow(self, actual_bytes: int) -> bool:
+        """Shows whole blocks of `actual_bytes` from now on; False: no more than before.
+
+        It never shrinks: a guest may have read or written any of it.
+        """
+        size = actual_bytes // self.block_size * self.block_size
+        if size <= self.size_bytes:
+            return False
+        self.size_bytes = size      # one store; workers look at it at each request
+        return True
+
     def close(self) -> None:
         """Releases what the storage holds; every channel is closed before."""
 

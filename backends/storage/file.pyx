@@ -322,6 +322,9 @@ cdef class FileStorage(Storage):
         self.start_threads()
         return FileChannel(self)
 
+    def actual_bytes(self) -> int:
+        return self.image.actual_bytes()
+
     def start_threads(self):
         # With the first channel: a disk that nobody opened has none.
         with self.lock:

@@ -41,6 +41,10 @@ class Image:
     def name(self) -> str:
         return f"{'device' if self.is_device else 'file'} {self.path}"
 
+    def actual_bytes(self) -> int:
+        """Its size now, which may be another than when it was opened."""
+        return _size(self.fd, self.path)[0] if self.fd >= 0 else self.size_bytes
+
     def close(self, *, idle: bool = True) -> None:
         """Closes the file; idempotent. Not `idle`: requests hang, and keep the lock."""
         fd, self.fd = self.fd, -1

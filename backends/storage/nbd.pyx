@@ -237,6 +237,12 @@ cdef class NbdStorage(Storage):
                 self.start_next()
             return NbdChannel(self, self.links[number])
 
+    def actual_bytes(self) -> int:
+        """What the server said at the last connection: it tells each one only once."""
+        with self.lock:
+            return max([(<Link *><uint64_t>link).size_bytes for link in self.links] or
+                       [self.size_bytes])
+
     def close(self) -> None:
         """Ends the connections; what is under way fails. Idempotent.
 

@@ -198,6 +198,9 @@ cdef class UringStorage(Storage):
             raise ValueError(f"{self.name}: closed")
         return UringChannel(self)
 
+    def actual_bytes(self) -> int:
+        return self.image.actual_bytes()
+
     def close(self) -> None:
         """Closes the file; a request that hangs in the kernel keeps it open. Idempotent."""
         # The kernel takes rings apart later, and they have the file too.

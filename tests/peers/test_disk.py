@@ -122,6 +122,18 @@ def test_discarded_blocks_read_as_zeros_and_others_stay(disk: Disk) -> None:
     assert found == [wanted[0], sha256(bytes(1 << 20)), wanted[1]]
 
 
+def test_guest_sees_its_disk_grow(disk: Disk) -> None:
+    mib = DISK_MIB * 2
+    os.truncate(disk.image, mib << 20)
+    disk.backend.ask("resize")
+    disk.guest.check(f"until [ $(cat /sys/block/vda/size) = {mib * 2048} ]; do sleep 0.1; done")
+    disk.guest.check(f"printf grown | dd of=/dev/vda bs=512 seek={mib * 2048 - 1} conv=sync "
+                     "oflag=direct 2> /dev/null")
+    with disk.image.open("rb") as image:
+        image.seek(-512, os.SEEK_END)
+        assert image.read(5) == b"grown"
+
+
 def test_read_only_disk_refuses_writes_and_stays_as_it_is(directory: Path) -> None:
     image = directory / "ro.img"
     image.write_bytes(b"\x5a" * (4 << 20))

@@ -18,7 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from vhostpy._spec import ProtocolFeature
 from vhostpy.cli import VERBS, options
+from vhostpy.frontend import FrontEnd
+from vhostpy.protocol import REQUESTS_TO_FRONT_END, BackEndRequest, Decoder, FrontEndRequest
 
 DEADLINE_S = 20
 GIB = 1 << 30
@@ -368,7 +371,7 @@ def test_the_forwarding_table_is_shown_and_flushed(place):
 
 def test_a_disk_has_no_forwarding_table(place):
     with Running("blk", "--socket", "vb0", "--ram", "1M"):
-        verbs = "one of: status, stats, workers, limit"
+        verbs = "one of: status, stats, workers, limit, resize"
         assert_told(run("fdb", "show"), 1, "cannot do 'fdb'", verbs)
 
 
@@ -506,6 +509,31 @@ def test_a_limited_disk_does_what_it_may_and_says_how_long_it_took(place):
         assert 0 < read["p50_us"] <= read["p99_9_us"] <= read["max_us"]
         assert "99.9 % us" in run("stats").stdout
         assert_told(run("limit", "--port", "vb7"), 1, "no port 'vb7'", "one of: vb0")
+
+
+def test_a_disk_grows_with_its_image_and_never_shrinks(place):
+    image = place / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    with Running("blk", "--socket", "vb0", "--file", image), FrontEnd("vb0") as guest:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            guest.set_protocol_features(1 << ProtocolFeature.CONFIG | 1 << ProtocolFeature.MQ
+                                        | 1 << ProtocolFeature.BACKEND_REQ)  # fmt: skip
+            guest.request(FrontEndRequest.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+            ours.settimeout(DEADLINE_S)
+            assert "1M, as before" in run("resize").stdout
+            os.truncate(image, (2 << 20) + 100)
+            assert "1M -> 2M; the guest has been told" in run("resize").stdout
+            (message,) = Decoder(REQUESTS_TO_FRONT_END).feed(ours.recv(100))
+            assert message.request == BackEndRequest.CONFIG_CHANGE_MSG and not message.need_reply
+            assert guest.get_config(0, 8) == (4096).to_bytes(8, "little")
+            os.truncate(image, 1 << 20)
+            assert_told(run("resize"), 1, "the guest knows of 2097152", "disks only grow")
+            os.truncate(image, 3 << 20)
+            ours.close()
+            result = json.loads(run("resize", "--json").stdout)
+            assert (result["size_bytes"], result["guest_told"]) == (3 << 20, False)
+        assert guest.get_config(0, 8) == (6144).to_bytes(8, "little")
 
 
 def test_a_load_whose_requests_fail_says_so(place):

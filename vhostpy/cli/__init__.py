@@ -18,6 +18,7 @@ VERBS = {
     "fdb": "shows or flushes the switch's forwarding table",
     "stats": "counters per port and queue, and the reason of each drop",
     "limit": "what a disk may do in a second, changed while it runs",
+    "resize": "shows a guest that its disk has grown",
     "load": "packets or I/O for any vhost-user back-end",
 }
 
