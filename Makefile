@@ -4,7 +4,8 @@ PYTEST := $(PYTHON) -m pytest
 BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace --parallel 2
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long test-asan bench bench-peers lint annotate clean distclean
+.PHONY: help build demo test test-long test-asan test-ceph bench bench-peers lint annotate clean \
+	distclean
 
 help:           ## lists the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +36,11 @@ test-asan:      ## the tests without guests, with ASan, UBSan and Cython's check
 		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 		$(PYTEST) -m "not long and not guest"
+
+test-ceph:      ## RBD disks on a Ceph of one node, which it starts and ends
+	@tests/peers/install.sh ceph
+	@$(call compile,release,)
+	@$(PYTEST) tests/ceph
 
 bench:          ## start-up time, idle CPU, memory, throughput
 	@tests/peers/install.sh build

@@ -31,6 +31,7 @@ OPTIONAL = {
     "uring.pyx": ("liburing.h", "-l:liburing.a"),
     "_link.pyx": ("libnbd.h", "-lnbd"),
     "nbd.pyx": ("libnbd.h", "-lnbd"),
+    "rbd.pyx": ("rbd/librbd.h", "-lrbd", "-lrados"),
 }
 
 DIRECTIVES = {

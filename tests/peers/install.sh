@@ -5,6 +5,7 @@
 #   tests/peers/install.sh demo    ... and QEMU 10 with a Linux kernel for guests
 #   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both; libnbd
 #                                  and a server for it
+#   tests/peers/install.sh ceph    what build needs, librbd and a Ceph to test against
 #
 # System packages come by apt (with sudo where the caller is not root). The newer peers are
 # unpacked below .cache/, without root and without touching the system: apt runs on a
@@ -41,6 +42,12 @@ missing_packages() {
         command -v qemu-storage-daemon >/dev/null || echo qemu-system-common qemu-utils
         [ -e /usr/include/libnbd.h ] || echo libnbd-dev
         command -v nbdkit >/dev/null || echo nbdkit
+    fi
+    if [ "$1" = ceph ]; then
+        [ -e /usr/include/rbd/librbd.h ] || echo librbd-dev
+        command -v ceph-mon >/dev/null || echo ceph-mon
+        command -v ceph-osd >/dev/null || echo ceph-osd
+        command -v ceph >/dev/null || echo ceph-common
     fi
 }
 
@@ -134,7 +141,7 @@ CONF
     echo "$wanted" >"$root/.complete"
 }
 
-case ${1:-} in build | demo | test) ;; *) fail "usage: install.sh build|demo|test" ;; esac
+case ${1:-} in build | demo | test | ceph) ;; *) fail "usage: install.sh build|demo|test|ceph" ;; esac
 install_system_packages "$1"
 install_python_packages
 case $1 in demo | test) unpack_peers ;; esac

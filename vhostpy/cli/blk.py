@@ -75,7 +75,7 @@ def _parser(program: str) -> Parser:
     contents.add_argument(
         "--uri", action=Once,
         help="a disk elsewhere: nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
-        "nbds for TLS",
+        "nbds for TLS; rbd:POOL/IMAGE",
     )  # fmt: skip
     contents.add_argument(
         "--ram", metavar="SIZE", type=disk_size, action=Once,
@@ -175,16 +175,24 @@ def _open_storage(options: argparse.Namespace) -> Any:
 def _open_uri(uri: str, read_only: bool, block_size: int) -> Any:
     from vhostpy.errors import ConfigError
 
+    library = "librbd" if uri.startswith("rbd:") else "libnbd"
     try:
+        if library == "librbd":
+            from vhostpy.backends.storage.rbd import RbdStorage
+
+            return RbdStorage(uri, read_only=read_only, block_size=block_size)
         from vhostpy.backends.storage.nbd import NbdStorage
+
+        return NbdStorage(uri, read_only=read_only, block_size=block_size)
     except ModuleNotFoundError:
         raise ConfigError(
-            f"{uri}: vhostpy was built without libnbd",
-            "apt install libnbd-dev, then build or install vhostpy again",
+            f"{uri}: vhostpy was built without {library}",
+            f"apt install {library}-dev, then build or install vhostpy again",
         ) from None
     except ImportError as error:  # built with it, and it was removed since
-        raise ConfigError(f"{uri}: {error}", "apt install libnbd0") from None
-    return NbdStorage(uri, read_only=read_only, block_size=block_size)
+        raise ConfigError(
+            f"{uri}: {error}", f"apt install {'librbd1' if library == 'librbd' else 'libnbd0'}"
+        ) from None
 
 
 def _serial(text: str) -> str:
