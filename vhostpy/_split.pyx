@@ -312,7 +312,7 @@ cdef int split_add_burst(DriverRing *ring, const Segment *pieces, int count, bin
     cdef int i
     count = min(count, <int>ring.free_count)
     # The device has read these lines: all are fetched at once, not one after the other.
-    for i in range(count):
+    for _ in range(count):
         prefetch_write(ring.desc + DESCRIPTOR_SIZE * at)
         at = ring.links[at]
     for i in range(count // AVAIL_LINE + 1):
