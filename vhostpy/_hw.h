@@ -132,12 +132,27 @@ static inline uint64_t ticks_after_loads(void)
     return ticks();
 }
 
+/* Both clocks at one moment: of a few tries the one that nothing came between. */
+static inline void read_clocks(uint64_t *ns, uint64_t *at)
+{
+    uint64_t best = UINT64_MAX;
+    for (int i = 0; i < 8; i++) {
+        uint64_t before = ticks(), now = clock_ns(), took = ticks() - before;
+        if (took < best) {
+            best = took;
+            *ns = now;
+            *at = before + took / 2;
+        }
+    }
+}
+
 /* Measures for about a millisecond; call once per process. */
 static inline double ticks_per_us(void)
 {
-    uint64_t ns0 = clock_ns(), t0 = ticks(), ns1;
-    do { ns1 = clock_ns(); } while (ns1 - ns0 < 1000000);
-    return (double)(ticks() - t0) * 1000.0 / (double)(ns1 - ns0);
+    uint64_t ns0, t0, ns1, t1;
+    read_clocks(&ns0, &t0);
+    do { read_clocks(&ns1, &t1); } while (ns1 - ns0 < 1000000);
+    return (double)(t1 - t0) * 1000.0 / (double)(ns1 - ns0);
 }
 
 #endif
