@@ -11,27 +11,23 @@ from libc.stdlib cimport calloc, free
 from posix.signal cimport sigfillset, sigset_t
 from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
-from posix.unistd cimport close, fdatasync, write
+from posix.unistd cimport fdatasync
 
-from vhostpy._hw cimport load_acquire_u32, store_release_u32
-from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
+from vhostpy.backends.storage._done cimport (
+    Done, DoneChannel, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, put_done,
+)
+from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request, Storage
 
 import logging
-import os
 import threading
 
 from vhostpy.backends.storage.image import open_image
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
     ctypedef struct pthread_cond_t:
         pass
     ctypedef unsigned long pthread_t
-    int pthread_mutex_init(pthread_mutex_t *, void *)
-    int pthread_mutex_destroy(pthread_mutex_t *)
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_cond_init(pthread_cond_t *, void *)
     int pthread_cond_destroy(pthread_cond_t *)
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
@@ -43,10 +39,6 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int, const sigset_t *, sigset_t *)
     int SIG_SETMASK
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int, int)
-    int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int, int, off_t, off_t)
@@ -88,29 +80,6 @@ cdef struct Pool:
     bint no_punch           # fallocate's answers, found out by trying
     bint no_zero_range
     uint64_t failed_flushes
-
-cdef struct Done:
-    # A channel's side: requests that came back.
-    pthread_mutex_t lock
-    Request *first
-    Request **last
-    uint32_t count          # also read without the lock
-    uint32_t armed
-    int fd
-
-
-cdef void put_done(Done *done, Request *request) noexcept nogil:
-    cdef uint64_t one = 1
-    request.next = NULL
-    pthread_mutex_lock(&done.lock)
-    done.last[0] = request
-    done.last = &request.next
-    store_release_u32(&done.count, done.count + 1)
-    if done.armed:
-        done.armed = 0
-        # Under the lock, which close() takes: the fd is still ours.
-        write(done.fd, &one, sizeof(one))
-    pthread_mutex_unlock(&done.lock)
 
 
 # --- What a thread does -----------------------------------------------------------------
@@ -362,23 +331,13 @@ cdef class FileStorage(Storage):
 
 
 @cython.final
-cdef class FileChannel(Channel):
+cdef class FileChannel(DoneChannel):
     cdef FileStorage storage        # its threads, and so the pool, outlive the channel
     cdef Pool *pool
-    cdef Done *done
 
     def __cinit__(self, FileStorage storage not None):
         self.storage = storage
         self.pool = storage.pool
-        self.done = <Done *>calloc(1, sizeof(Done))
-        if self.done == NULL:
-            raise MemoryError
-        pthread_mutex_init(&self.done.lock, NULL)
-        self.done.last = &self.done.first
-        self.done.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.done.fd < 0:
-            raise OSError(errno, os.strerror(errno))
-        self.completion_fd = self.done.fd
 
     cdef int submit(self, Request **burst, int count) noexcept nogil:
         cdef Pool *pool = self.pool
@@ -398,45 +357,3 @@ cdef class FileChannel(Channel):
             pthread_cond_signal(&pool.wanted)
             wake -= 1
         return count
-
-    cdef int poll(self, Request **done, int limit) noexcept nogil:
-        cdef Done *mine = self.done
-        cdef int count = 0
-        if load_acquire_u32(&mine.count) == 0:
-            return 0
-        pthread_mutex_lock(&mine.lock)
-        while count < limit and mine.first != NULL:
-            done[count] = mine.first
-            mine.first = mine.first.next
-            count += 1
-        if mine.first == NULL:
-            mine.last = &mine.first
-        mine.count -= <uint32_t>count
-        pthread_mutex_unlock(&mine.lock)
-        return count
-
-    cdef bint arm(self) noexcept nogil:
-        cdef bint ready
-        pthread_mutex_lock(&self.done.lock)
-        ready = self.done.first != NULL
-        self.done.armed = not ready
-        pthread_mutex_unlock(&self.done.lock)
-        return ready
-
-    cdef void disarm(self) noexcept nogil:
-        pthread_mutex_lock(&self.done.lock)
-        self.done.armed = 0
-        pthread_mutex_unlock(&self.done.lock)
-
-    def close(self) -> None:
-        cdef Done *done = self.done
-        if done == NULL:
-            return
-        self.done = NULL
-        self.completion_fd = -1
-        # The thread that brought the last request back may still hold it.
-        pthread_mutex_lock(&done.lock)
-        pthread_mutex_unlock(&done.lock)
-        close(done.fd)
-        pthread_mutex_destroy(&done.lock)
-        free(done)
