@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.backends.guest import IN, IOERR, OK, OUT, Guest, eventually
 from tests.backends.nbdkit import Nbdkit
 from tests.backends.test_blk import Machine
-from tests.backends.test_storage import channel_of
+from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.nbd import NbdStorage
 from vhostpy.errors import ConfigError
@@ -56,25 +56,8 @@ def server(request, tmp_path_factory):
 @given(mix=mixes)
 def test_contents_are_those_of_a_bytearray(server, gap, mix):
     with channel_of(NbdStorage(server.uri)) as channel:
-        model = bytearray(SIZE)
         assert channel.run(Op.WRITE_ZEROES, 0, SIZE)[0] == 0
-        for op, sector, sectors, piece, fill, flags in mix:
-            offset = sector * 512
-            size = min(sectors * 512, SIZE - offset)
-            data = bytes((fill + i) % 251 for i in range(size)) if op == Op.WRITE else b""
-            if op == Op.FLUSH:
-                offset = size = 0
-            result, out = channel.run(op, offset, size, data, flags=flags, piece=piece, gap=gap)
-            assert result == 0
-            if op == Op.READ:
-                assert out == model[offset : offset + size]
-            elif op == Op.WRITE:
-                model[offset : offset + size] = data
-            elif op == Op.WRITE_ZEROES:
-                model[offset : offset + size] = bytes(size)
-            elif op == Op.DISCARD:
-                model[offset : offset + size] = channel.run(Op.READ, offset, size)[1]
-        assert channel.run(Op.READ, 0, SIZE) == (0, bytes(model))
+        assert_is_a_bytearray(channel, SIZE, mix, gap)
 
 
 def test_a_key_makes_the_connection_private(tmp_path):

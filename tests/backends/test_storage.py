@@ -42,6 +42,32 @@ def channel_of(storage):
         storage.close()
 
 
+def assert_is_a_bytearray(channel, disk_size, mix, gap=0):
+    """Does the mix on a disk of zeros, and on a bytearray: they stay the same.
+
+    Of it: (operation, sector, sectors, bytes of a piece, first byte, flags).
+    """
+    model = bytearray(disk_size)
+    for op, sector, sectors, piece, fill, flags in mix:
+        offset = sector * 512
+        size = min(sectors * 512, disk_size - offset)
+        data = bytes((fill + i) % 251 for i in range(size)) if op == Op.WRITE else b""
+        if op == Op.FLUSH:
+            offset = size = 0
+        result, out = channel.run(op, offset, size, data, flags=flags, piece=piece, gap=gap)
+        assert result == 0
+        if op == Op.READ:
+            assert out == model[offset : offset + size]
+        elif op == Op.WRITE:
+            model[offset : offset + size] = data
+        elif op == Op.WRITE_ZEROES:
+            model[offset : offset + size] = bytes(size)
+        elif op == Op.DISCARD:
+            # "undefined"; ours are zeros, where the file system can
+            model[offset : offset + size] = channel.run(Op.READ, offset, size)[1]
+    assert channel.run(Op.READ, 0, disk_size) == (0, bytes(model))
+
+
 def image(path, size=SIZE):
     with open(path, "wb") as file:
         file.truncate(size)
@@ -97,26 +123,8 @@ requests = st.tuples(
 @settings(max_examples=40, deadline=None)
 @given(mix=st.lists(requests, max_size=30))
 def test_contents_are_those_of_a_bytearray(tmp_path_factory, kind, mix):
-    model = bytearray(SIZE)
     with channel_of(STORAGES[kind](tmp_path_factory.mktemp("disk"))) as channel:
-        for op, sector, sectors, piece, fill, flags in mix:
-            offset = sector * 512
-            size = min(sectors * 512, SIZE - offset)
-            data = bytes((fill + i) % 251 for i in range(size)) if op == Op.WRITE else b""
-            if op == Op.FLUSH:
-                offset = size = 0
-            result, out = channel.run(op, offset, size, data, flags=flags, piece=piece)
-            assert result == 0
-            if op == Op.READ:
-                assert out == model[offset : offset + size]
-            elif op == Op.WRITE:
-                model[offset : offset + size] = data
-            elif op == Op.WRITE_ZEROES:
-                model[offset : offset + size] = bytes(size)
-            elif op == Op.DISCARD:
-                # "undefined"; ours are zeros, where the file system can
-                model[offset : offset + size] = channel.run(Op.READ, offset, size)[1]
-        assert channel.run(Op.READ, 0, SIZE) == (0, bytes(model))
+        assert_is_a_bytearray(channel, SIZE, mix)
 
 
 pieces = st.tuples(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.backends.guest import IN, IOERR, OK, OUT, eventually
 from tests.backends.test_blk import Machine
-from tests.backends.test_storage import channel_of
+from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from tests.ceph.cluster import POOL, Cluster
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.rbd import RbdStorage
@@ -53,28 +53,8 @@ def test_contents_are_those_of_a_bytearray(image):
         @settings(max_examples=20, deadline=None)
         @given(mix=mixes)
         def check(mix):
-            model = bytearray(SIZE)
             assert channel.run(Op.WRITE_ZEROES, 0, SIZE)[0] == 0
-            for op, sector, sectors, piece, fill, flags in mix:
-                offset = sector * 512
-                size = min(sectors * 512, SIZE - offset)
-                data = b""
-                if op == Op.WRITE:
-                    data = (bytes(range(fill, fill + 1)) + b"tail") * size
-                    data = data[:size]
-                if op == Op.FLUSH:
-                    offset = size = 0
-                result, out = channel.run(op, offset, size, data, flags=flags, piece=piece, gap=8)
-                assert result == 0
-                if op == Op.READ:
-                    assert out == model[offset : offset + size]
-                elif op == Op.WRITE:
-                    model[offset : offset + size] = data
-                elif op == Op.WRITE_ZEROES:
-                    model[offset : offset + size] = bytes(size)
-                elif op == Op.DISCARD:
-                    model[offset : offset + size] = channel.run(Op.READ, offset, size)[1]
-            assert channel.run(Op.READ, 0, SIZE) == (0, bytes(model))
+            assert_is_a_bytearray(channel, SIZE, mix, gap=8)
 
         check()
 
