@@ -24,6 +24,7 @@ from vhostpy.load._blk import (
     BlkGenerator,
     BlkPhase,
 )
+from vhostpy.load.report import Sample, sample
 from vhostpy.load.target import asked, connect, first_line, hung_up, memory_layout
 
 SECTOR = 512
@@ -89,19 +90,6 @@ class DiskConfig:
             int.from_bytes(data[20:24], "little") if has(Feature.BLK_BLK_SIZE) else SECTOR,
             int.from_bytes(data[34:36], "little") if has(Feature.BLK_MQ) else 1,
         )
-
-
-@dataclass(slots=True)
-class Sample:
-    """Counters at a moment, all queues together."""
-
-    at_s: float
-    ran_s: float  # processor time of the generator's thread
-    queues: list[dict[str, int]]
-    ticks: dict[str, float]
-
-    def total(self, name: str) -> int:
-        return sum(queue[name] for queue in self.queues)
 
 
 def run(plan: BlkPlan, progress: "report.Progress | None" = None) -> dict[str, Any]:
@@ -268,18 +256,18 @@ class _Runner:
         generator.enter(BlkPhase.RUN)
         self._wait(plan.warmup_s)
         generator.forget_latencies()
-        first = previous = self._sample()
+        first = previous = sample(self.generator, self.thread)
         while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
             self._wait(min(left, 1.0), step=1.0)
-            now = self._sample()
+            now = sample(self.generator, self.thread)
             self.progress.show(partial(self._line, previous, now, now.at_s - first.at_s))
             previous = now
-        last = self._sample()
+        last = sample(self.generator, self.thread)
         latencies = generator.latencies(False), generator.latencies(True)
         self._rest()
         if plan.verify and plan.reads < 1:
             self._whole_pass(BlkPhase.CHECK, "read back")
-        end = self._sample()
+        end = sample(self.generator, self.thread)
         self.progress.done()
         per_us = first.ticks["per_us"]
         return {
@@ -355,11 +343,6 @@ class _Runner:
                 f"{where}: {under_way} requests are not answered, for {STALL_S:g} s",
                 "is its storage alive? 'vhostpy status' shows a disk of vhostpy",
             )
-
-    def _sample(self) -> Sample:
-        generator = self.generator
-        ran_s = report.thread_time_s(self.thread)
-        return Sample(time.monotonic(), ran_s, generator.counters(), generator.ticks())
 
     def _line(self, a: Sample, b: Sample, elapsed_s: float) -> str:
         return report.blk_line(self._figures(a, b), elapsed_s)

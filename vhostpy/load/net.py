@@ -18,6 +18,7 @@ from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
 from vhostpy.frontend import FrontEnd, Queue
 from vhostpy.load import report
 from vhostpy.load._net import FRAME_MAX, FRAME_MIN, NetGenerator, Phase, Touch
+from vhostpy.load.report import Sample, sample
 from vhostpy.load.target import asked, connect, first_line, hung_up, memory_layout
 
 # The Internet mix: 7 : 4 : 1 of what is 64, 570 and 1518 bytes with its checksum.
@@ -74,19 +75,6 @@ class NetPlan:
             or port < self.sending
             or any(self.peer(sender) == port for sender in range(self.sending))
         )
-
-
-@dataclass(slots=True)
-class Sample:
-    """Counters at a moment, all ports together."""
-
-    at_s: float
-    ran_s: float  # processor time of the generator's thread
-    pairs: list[dict[str, int]]
-    ticks: dict[str, float]
-
-    def total(self, name: str) -> int:
-        return sum(pair[name] for pair in self.pairs)
 
 
 @dataclass(slots=True)
@@ -263,21 +251,21 @@ def _phases(
     wait(0.02)
     wait(TEACH_S, lambda: not generator.teaching)
     _settle(generator, thread, wait)
-    start = _sample(generator, thread)
+    start = sample(generator, thread)
     generator.enter(Phase.SEND)
     wait(plan.warmup_s)
     generator.forget_latencies()
-    first = previous = _sample(generator, thread)
+    first = previous = sample(generator, thread)
     while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
         wait(min(left, 1.0), step=1.0)
-        now = _sample(generator, thread)
+        now = sample(generator, thread)
         progress.show(partial(_line, previous, now, now.at_s - first.at_s))
         previous = now
-    last = _sample(generator, thread)
+    last = sample(generator, thread)
     latencies = generator.latencies() if plan.latency else None
     generator.enter(Phase.LISTEN)
     _settle(generator, thread, wait)
-    end = _sample(generator, thread)
+    end = sample(generator, thread)
     progress.done()
     return _result(plan, ends, first, last, start, end, latencies)
 
@@ -289,7 +277,7 @@ def _line(a: Sample, b: Sample, elapsed_s: float) -> str:
 def _settle(generator: Any, thread: threading.Thread, wait: Callable[..., bool]) -> None:
     """Until nothing arrives any more."""
     before = -1
-    while (count := _sample(generator, thread).total("received")) != before:
+    while (count := sample(generator, thread).total("received")) != before:
         before = count
         wait(DRAIN_S)
 
@@ -309,11 +297,6 @@ def _want_alive(plan: NetPlan, ends: _Ends, thread: threading.Thread) -> None:
         raise ProtocolError(
             f"{plan.sockets[gone]}: the back-end closed the connection", "see what it says itself"
         )
-
-
-def _sample(generator: Any, thread: threading.Thread) -> Sample:
-    ran_s = report.thread_time_s(thread)
-    return Sample(time.monotonic(), ran_s, generator.counters(), generator.ticks())
 
 
 def figures(a: Sample, b: Sample) -> dict[str, Any]:
@@ -392,7 +375,7 @@ def _port(plan: NetPlan, port: int, first: Sample, last: Sample) -> dict[str, An
 
     def rate(name: str) -> float:
         count = sum(
-            b[name] - a[name] for a, b in zip(first.pairs, last.pairs, strict=True)
+            b[name] - a[name] for a, b in zip(first.counts, last.counts, strict=True)
             if b["port"] == port
         )  # fmt: skip
         return count / seconds / 1e6
