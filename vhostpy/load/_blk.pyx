@@ -7,14 +7,14 @@ so that what a read may return is certain.
 Source: virtio 1.3, "Block Device / Device Operation".
 """
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport write
 
 from vhostpy._hw cimport (
-    cpu_pause, load_acquire_u32, read_once_u8, read_once_u64, store_release_u32, ticks,
-    ticks_per_us, unlikely, write_once_u64,
+    cpu_pause, load_acquire_u32, load_acquire_u64, read_once_u8, read_once_u64,
+    store_release_u32, ticks, ticks_per_us, unlikely, write_once_u64,
 )
 from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
 from vhostpy._spec cimport DescriptorFlag, Feature
@@ -364,7 +364,10 @@ cdef class BlkGenerator:
     @property
     def silent_s(self) -> float:
         """Seconds since a request last came back or went."""
-        return (ticks() - self.moved_at) / self.rate_us / 1e6
+        # Read before the clock, and compared with a sign: the loop moves it meanwhile, on a
+        # processor whose clock may be ahead.
+        cdef uint64_t moved_at = load_acquire_u64(&self.moved_at)
+        return max(0.0, <double><int64_t>(ticks() - moved_at)) / self.rate_us / 1e6
 
     @property
     def broken_pair(self) -> int | None:
