@@ -21,10 +21,12 @@ cdef int around(DriverVirtqueue driver, Virtqueue device, const Segment *pieces,
     cdef Chain chains[BURST]
     cdef UsedEntry used[BURST]
     cdef uint32_t written[BURST]
+    cdef uint16_t ids[BURST]
     cdef uint64_t start = ticks(), now
     cdef int count = 0, i
     if shape == 0:
-        count = driver.add_burst(pieces, BURST, writable, NULL)
+        count = driver.reserve(ids, BURST)
+        driver.add_burst(ids, pieces, count, writable)
     else:
         for i in range(BURST):
             if writable:
@@ -131,45 +133,34 @@ def feed(DriverVirtqueue driver not None, *, uint64_t first, uint32_t stride,
          uint64_t chains, bint touched=False) -> float:
     """The driver's end: keeps its ring full until so many chains came back; ticks a chain.
 
-    A chain's buffer of 64 bytes is the one that came back last, `stride` from the next;
-    where `touched`, its first bytes are written each time.
+    An id's buffer of 64 bytes is `stride` from the next; those that came back last are used
+    first. Where `touched`, its first bytes are written each time.
     """
     cdef Segment pieces[BURST]
     cdef Segment whole
     cdef UsedEntry used[BURST]
     cdef uint16_t ids[BURST]
-    cdef uint32_t size = driver.ring.size, hint = 0, left = size, i
-    cdef uint16_t *spare = <uint16_t *>malloc(2 * size * sizeof(uint16_t))
-    cdef uint16_t *places = spare + size         # by id
+    cdef uint32_t hint = 0, i
     cdef uint64_t back = 0, start
     cdef int count = 0
-    if spare == NULL:
-        raise MemoryError
-    if translate(&driver.memory.map, first, <uint64_t>stride * size, &whole, 1, &hint) != 1:
-        raise ValueError(f"{size} buffers from {first:#x} on are not in one region")
-    for i in range(size):
-        spare[i] = <uint16_t>i
+    if translate(&driver.memory.map, first, <uint64_t>stride * driver.ring.size, &whole, 1,
+                 &hint) != 1:
+        raise ValueError(
+            f"{driver.ring.size} buffers from {first:#x} on are not in one region")
     with nogil:
         start = ticks()
         while back < chains and count >= 0:
-            count = min(<int>BURST, <int>left)
+            count = driver.reserve(ids, BURST)
             for i in range(<uint32_t>count):
-                pieces[i].gpa = first + stride * spare[left - 1 - i]
+                pieces[i].gpa = first + stride * ids[i]
                 pieces[i].length = 64
                 if touched:
-                    write_once_u64(whole.hva + stride * spare[left - 1 - i], back + i)
-            count = driver.add_burst(pieces, count, False, ids)
-            for i in range(<uint32_t>count):
-                places[ids[i]] = spare[left - 1 - i]
-            left -= count
+                    write_once_u64(whole.hva + stride * ids[i], back + i)
+            driver.add_burst(ids, pieces, count, False)
             driver.publish()
             count = driver.collect(used, BURST)
-            for i in range(<uint32_t>max(count, 0)):
-                spare[left + i] = places[used[i].id]
-            left += max(count, 0)
             back += max(count, 0)
         start = ticks() - start
-    free(spare)
     if count < 0:
         raise RuntimeError("the device gave back what it did not have")
     return start / <double>back

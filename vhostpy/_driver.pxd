@@ -15,10 +15,12 @@ cdef class DriverVirtqueue:
     # or -1 when too few descriptors are free. Not visible to the device before publish().
     cdef int add_table(self, uint64_t gpa, uint32_t length, uint32_t writable) noexcept nogil
     # The same for an indirect table that lies at `gpa` already, with `writable` bytes in it.
-    cdef int add_burst(self, const Segment *pieces, int count, bint writable,
-                       uint16_t *ids) noexcept nogil
-    # Adds a chain of one descriptor for each piece, as many as are free; how many. Their
-    # ids go to `ids` unless that is NULL.
+    cdef int reserve(self, uint16_t *ids, int limit) noexcept nogil
+    # The ids that the next descriptors will have, up to `limit` of those that are free; how
+    # many. A chain's id is that of its first. Fetches what add_burst() is going to write.
+    cdef void add_burst(self, const uint16_t *ids, const Segment *pieces, int count,
+                        bint writable) noexcept nogil
+    # Adds a chain of one descriptor for each piece; `ids` and `count` are reserve()'s.
     cdef bint publish(self) noexcept nogil
     # Makes added chains visible; True when the device asks for a kick.
     cdef int collect(self, UsedEntry *out, int limit) noexcept nogil

@@ -10,12 +10,12 @@ from libc.stdlib cimport calloc, free
 from vhostpy._chain cimport BURST
 from vhostpy._packed cimport (
     packed_add, packed_add_burst, packed_add_table, packed_collect, packed_driver_arm,
-    packed_driver_disarm, packed_driver_publish, packed_driver_start,
+    packed_driver_disarm, packed_driver_publish, packed_driver_start, packed_reserve,
 )
 from vhostpy._spec cimport DescriptorFlag, Feature
 from vhostpy._split cimport (
     split_add, split_add_burst, split_add_table, split_collect, split_driver_arm,
-    split_driver_disarm, split_driver_publish, split_driver_start,
+    split_driver_disarm, split_driver_publish, split_driver_start, split_reserve,
 )
 from vhostpy.memory cimport translate
 from vhostpy.notify cimport signal_eventfd
@@ -68,7 +68,7 @@ cdef class DriverVirtqueue:
         self.ring = ring = <DriverRing *>calloc(1, sizeof(DriverRing))
         if ring == NULL:
             raise MemoryError
-        ring.size = ring.free_count = ring.free_ids = size
+        ring.size = ring.free_count = size
         ring.links = <uint16_t *>calloc(ring.size, sizeof(uint16_t))
         ring.counts = <uint16_t *>calloc(ring.size, sizeof(uint16_t))
         ring.rooms = <uint32_t *>calloc(ring.size, sizeof(uint32_t))
@@ -118,11 +118,17 @@ cdef class DriverVirtqueue:
             return packed_add_table(self.ring, gpa, length, writable)
         return split_add_table(self.ring, gpa, length, writable)
 
-    cdef int add_burst(self, const Segment *pieces, int count, bint writable,
-                       uint16_t *ids) noexcept nogil:
+    cdef int reserve(self, uint16_t *ids, int limit) noexcept nogil:
         if self.ring.packed:
-            return packed_add_burst(self.ring, pieces, count, writable, ids)
-        return split_add_burst(self.ring, pieces, count, writable, ids)
+            return packed_reserve(self.ring, ids, limit)
+        return split_reserve(self.ring, ids, limit)
+
+    cdef void add_burst(self, const uint16_t *ids, const Segment *pieces, int count,
+                        bint writable) noexcept nogil:
+        if self.ring.packed:
+            packed_add_burst(self.ring, ids, pieces, count, writable)
+        else:
+            split_add_burst(self.ring, ids, pieces, count, writable)
 
     cdef bint publish(self) noexcept nogil:
         if self.ring.packed:
@@ -194,7 +200,8 @@ cdef class DriverVirtqueue:
             part = pieces[start:start + BURST]
             for i, (gpa, length) in enumerate(part):
                 burst[i].gpa, burst[i].length = gpa, length
-            count = self.add_burst(burst, len(part), writable, ids)
+            count = self.reserve(ids, len(part))
+            self.add_burst(ids, burst, count, writable)
             result += [ids[i] for i in range(count)]
         return result
 

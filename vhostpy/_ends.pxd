@@ -63,12 +63,11 @@ cdef struct DriverRing:
     uint8_t *desc
     uint8_t *avail
     uint8_t *used
-    uint16_t *links         # by id: the next free one; split: or the next of its chain
+    uint16_t *links         # by id: the next free one, or the next of its chain
     uint16_t *counts        # by id of a chain: descriptors that the device has; 0: none
     uint32_t *rooms         # the same: writable bytes, kept for IN_ORDER
     uint32_t size
-    uint32_t free_count     # descriptors
-    uint32_t free_ids       # ids in the list; split: the same, an id is a descriptor
+    uint32_t free_count     # descriptors, and ids: a chain takes as many of both
     uint16_t free_head
     uint16_t free_tail
     uint16_t avail_next     # position of the next avail entry to write
@@ -102,19 +101,45 @@ cdef void break_ring(Ring *ring) noexcept nogil
 # What the driver says of its ring makes no sense: nothing more is taken from it.
 
 
-cdef inline void release_ids(DriverRing *ring, uint16_t head, uint16_t tail,
-                             uint32_t count) noexcept nogil:
-    """Linked ids are free again: used next, while they are hot in caches, or last."""
-    if ring.free_ids == 0:
-        ring.free_head = head
-        ring.free_tail = tail
+cdef struct Returned:
+    # Ids that come back in one burst, linked in the order in which they are to be used again.
+    uint16_t first
+    uint16_t last
+    uint32_t count
+
+
+cdef inline void take_back(DriverRing *ring, Returned *returned, uint16_t head) noexcept nogil:
+    """A chain is the driver's again."""
+    cdef uint16_t tail = head
+    cdef uint32_t count = ring.counts[head], i
+    for i in range(1, count):
+        tail = ring.links[tail]
+    ring.counts[head] = 0
+    if returned.count == 0:
+        returned.first, returned.last = head, tail
     elif ring.fifo:
-        ring.links[ring.free_tail] = head
-        ring.free_tail = tail
+        ring.links[returned.last] = head
+        returned.last = tail
     else:
-        ring.links[tail] = ring.free_head
-        ring.free_head = head
-    ring.free_ids += count
+        ring.links[tail] = returned.first
+        returned.first = head
+    returned.count += count
+
+
+cdef inline void release(DriverRing *ring, const Returned *returned) noexcept nogil:
+    """They are free: used next, while they are hot in caches, or last."""
+    if returned.count == 0:
+        return
+    if ring.free_count == 0:
+        ring.free_head = returned.first
+        ring.free_tail = returned.last
+    elif ring.fifo:
+        ring.links[ring.free_tail] = returned.first
+        ring.free_tail = returned.last
+    else:
+        ring.links[returned.last] = ring.free_head
+        ring.free_head = returned.first
+    ring.free_count += returned.count
 
 
 cdef inline void next_in_order(DriverRing *ring, uint32_t *id, uint32_t *length) noexcept nogil:
@@ -123,7 +148,7 @@ cdef inline void next_in_order(DriverRing *ring, uint32_t *id, uint32_t *length)
     virtio 1.3, "In-order use of descriptors": those that it skips are used completely.
     Their ids follow each other, since none came back out of order.
     """
-    cdef uint32_t step = 1 if ring.packed else ring.counts[ring.oldest]
+    cdef uint32_t step = ring.counts[ring.oldest]
     if not ring.in_batch:
         ring.in_batch = 1
         ring.batch_end = <uint16_t>id[0]

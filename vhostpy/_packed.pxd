@@ -47,8 +47,9 @@ cdef int packed_add(DriverRing *ring, const Segment *pieces, int readable,
                     int writable) noexcept nogil
 cdef int packed_add_table(DriverRing *ring, uint64_t gpa, uint32_t length,
                           uint32_t writable) noexcept nogil
-cdef int packed_add_burst(DriverRing *ring, const Segment *pieces, int count, bint writable,
-                          uint16_t *ids) noexcept nogil
+cdef int packed_reserve(DriverRing *ring, uint16_t *ids, int limit) noexcept nogil
+cdef void packed_add_burst(DriverRing *ring, const uint16_t *ids, const Segment *pieces,
+                           int count, bint writable) noexcept nogil
 cdef bint packed_driver_publish(DriverRing *ring) noexcept nogil
 cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil
 cdef bint packed_driver_arm(DriverRing *ring) noexcept nogil

@@ -14,7 +14,9 @@ from vhostpy._chain cimport (
     Descriptor, Walk, packed_descriptor, take_plain, walk_begin, walk_end, walk_piece,
     walk_table,
 )
-from vhostpy._ends cimport break_ring, call_driver, log_flush, next_in_order, release_ids
+from vhostpy._ends cimport (
+    Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,
+)
 from vhostpy._hw cimport (
     fence_full, likely, load_acquire_u64, prefetch_read, prefetch_write, read_once_u32,
     read_once_u64, store_release_u64, unlikely, write_once_u16, write_once_u32, write_once_u64,
@@ -303,13 +305,15 @@ cdef inline void put_available(DriverRing *ring, uint16_t position, uint64_t gpa
         write_once_u64(where + 8, rest)
 
 
-cdef inline void take_id(DriverRing *ring, uint16_t id, uint32_t slots,
-                         uint32_t room) noexcept nogil:
-    ring.free_head = ring.links[id]
-    ring.free_ids -= 1
-    ring.free_count -= slots
-    ring.counts[id] = slots
+cdef inline void take_ids(DriverRing *ring, int count, uint32_t room) noexcept nogil:
+    # The first is the chain's; the others rest as long.
+    cdef uint16_t id = ring.free_head
+    ring.counts[id] = count
     ring.rooms[id] = room
+    for _ in range(count):
+        id = ring.links[id]
+    ring.free_head = id
+    ring.free_count -= count
 
 
 cdef int packed_add(DriverRing *ring, const Segment *pieces, int readable,
@@ -328,7 +332,7 @@ cdef int packed_add(DriverRing *ring, const Segment *pieces, int readable,
         put_available(ring, position, pieces[i].gpa, pieces[i].length, id, flags)
         position = step(position, 1, ring.size)
     ring.avail_next = position
-    take_id(ring, id, count, room)
+    take_ids(ring, count, room)
     return id
 
 
@@ -339,29 +343,41 @@ cdef int packed_add_table(DriverRing *ring, uint64_t gpa, uint32_t length,
         return -1
     put_available(ring, ring.avail_next, gpa, length, id, DescriptorFlag.DESC_INDIRECT)
     ring.avail_next = step(ring.avail_next, 1, ring.size)
-    take_id(ring, id, 1, writable)
+    take_ids(ring, 1, writable)
     return id
 
 
-cdef int packed_add_burst(DriverRing *ring, const Segment *pieces, int count, bint writable,
-                          uint16_t *ids) noexcept nogil:
-    cdef uint16_t id = ring.free_head, position = ring.avail_next
+cdef int packed_reserve(DriverRing *ring, uint16_t *ids, int limit) noexcept nogil:
+    cdef const uint16_t *links = ring.links
+    cdef uint16_t id = ring.free_head
+    cdef int i
+    limit = min(limit, <int>ring.free_count)
+    for i in range(limit):
+        ids[i] = id
+        id = links[id]
+    return limit
+
+
+cdef void packed_add_burst(DriverRing *ring, const uint16_t *ids, const Segment *pieces,
+                           int count, bint writable) noexcept nogil:
+    cdef uint16_t *counts = ring.counts
+    cdef uint32_t *rooms = ring.rooms
+    cdef uint32_t size = ring.size
+    cdef uint16_t position = ring.avail_next
     cdef uint16_t flags = DescriptorFlag.DESC_WRITE if writable else 0
     cdef int i
-    count = min(count, <int>ring.free_count)
+    if count == 0:
+        return
     for i in range(count):
-        put_available(ring, position, pieces[i].gpa, pieces[i].length, id, flags)
-        position = step(position, 1, ring.size)
-        ring.counts[id] = 1
-        ring.rooms[id] = pieces[i].length if writable else 0
-        if ids != NULL:
-            ids[i] = id
-        id = ring.links[id]
-    ring.free_head = id
-    ring.free_ids -= count
+        put_available(ring, position, pieces[i].gpa, pieces[i].length, ids[i], flags)
+        position = step(position, 1, size)
+        counts[ids[i]] = 1
+    if ring.in_order:
+        for i in range(count):
+            rooms[ids[i]] = pieces[i].length if writable else 0
+    ring.free_head = ring.links[ids[count - 1]]
     ring.free_count -= count
     ring.avail_next = position
-    return count
 
 
 cdef bint packed_driver_publish(DriverRing *ring) noexcept nogil:
@@ -386,10 +402,12 @@ cdef inline bint is_used(DriverRing *ring, uint64_t *rest) noexcept nogil:
 
 cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil:
     cdef uint64_t rest
-    cdef uint32_t id = 0, length = 0, slots
+    cdef uint32_t id = 0, length = 0
+    cdef Returned returned
     cdef int count = 0
     if ring.broken:
         return RING_BROKEN
+    returned.count = 0
     while count < limit:
         if not ring.in_batch:
             if not is_used(ring, &rest):
@@ -402,18 +420,16 @@ cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept no
                 length = <uint32_t>rest
             if id >= ring.size or ring.counts[id] == 0:
                 ring.broken = 1      # a chain that the device does not have
-                return count if count else RING_BROKEN
+                break
         if ring.in_order:
             next_in_order(ring, &id, &length)
-        slots = ring.counts[id]
-        release_ids(ring, <uint16_t>id, <uint16_t>id, 1)
-        ring.free_count += slots
-        ring.counts[id] = 0
-        ring.last_used = step(ring.last_used, slots, ring.size)
+        ring.last_used = step(ring.last_used, ring.counts[id], ring.size)
+        take_back(ring, &returned, <uint16_t>id)
         out[count].id = id
         out[count].length = length
         count += 1
-    return count
+    release(ring, &returned)
+    return RING_BROKEN if count == 0 and ring.broken else count
 
 
 cdef bint packed_driver_arm(DriverRing *ring) noexcept nogil:

@@ -19,8 +19,9 @@ cdef int split_add(DriverRing *ring, const Segment *pieces, int readable,
                    int writable) noexcept nogil
 cdef int split_add_table(DriverRing *ring, uint64_t gpa, uint32_t length,
                          uint32_t writable) noexcept nogil
-cdef int split_add_burst(DriverRing *ring, const Segment *pieces, int count, bint writable,
-                         uint16_t *ids) noexcept nogil
+cdef int split_reserve(DriverRing *ring, uint16_t *ids, int limit) noexcept nogil
+cdef void split_add_burst(DriverRing *ring, const uint16_t *ids, const Segment *pieces,
+                          int count, bint writable) noexcept nogil
 cdef bint split_driver_publish(DriverRing *ring) noexcept nogil
 cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil
 cdef bint split_driver_arm(DriverRing *ring) noexcept nogil

@@ -4,7 +4,9 @@ Called once per burst by `Virtqueue` and `DriverVirtqueue`, whose contracts say 
 do. The other end is hostile: whatever lies in shared memory is read once, checked, and
 only the copy is used. Source: virtio 1.3, "Split Virtqueues".
 """
-from vhostpy._ends cimport break_ring, call_driver, log_flush, next_in_order, release_ids
+from vhostpy._ends cimport (
+    Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,
+)
 from vhostpy._chain cimport (
     BURST, CHAIN_BAD_INDEX, CHAIN_OK, CHAIN_TOO_LONG, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX,
     WALK_STOP, Descriptor, Walk, split_descriptor, take_plain, walk_begin, walk_end,
@@ -265,7 +267,6 @@ cdef inline void split_offer(DriverRing *ring, uint16_t head, uint16_t next,
     ring.free_head = next
     ring.counts[head] = count
     ring.free_count -= count
-    ring.free_ids -= count
     write_once_u16(ring.avail + RING_ENTRIES + AVAIL_ENTRY * (ring.avail_next & (ring.size - 1)),
                    head)
     ring.avail_next += 1
@@ -303,36 +304,46 @@ cdef int split_add_table(DriverRing *ring, uint64_t gpa, uint32_t length,
     return head
 
 
-cdef int split_add_burst(DriverRing *ring, const Segment *pieces, int count, bint writable,
-                         uint16_t *ids) noexcept nogil:
+cdef int split_reserve(DriverRing *ring, uint16_t *ids, int limit) noexcept nogil:
     cdef uint8_t *entries = ring.avail + RING_ENTRIES
-    cdef uint32_t mask = ring.size - 1
-    cdef uint16_t at = ring.free_head, next = ring.avail_next
+    cdef uint8_t *desc = ring.desc
+    cdef const uint16_t *links = ring.links
+    cdef uint16_t id = ring.free_head
+    cdef int i
+    limit = min(limit, <int>ring.free_count)
+    # The device has read these lines: all are fetched at once, not one after the other.
+    for i in range(limit):
+        ids[i] = id
+        prefetch_write(desc + DESCRIPTOR_SIZE * id)
+        id = links[id]
+    for i in range(limit // AVAIL_LINE + 1):
+        prefetch_write(entries
+                       + AVAIL_ENTRY * (ring.avail_next + i * AVAIL_LINE & (ring.size - 1)))
+    return limit
+
+
+cdef void split_add_burst(DriverRing *ring, const uint16_t *ids, const Segment *pieces,
+                          int count, bint writable) noexcept nogil:
+    cdef uint8_t *entries = ring.avail + RING_ENTRIES
+    cdef uint8_t *desc = ring.desc
+    cdef uint16_t *counts = ring.counts
+    cdef uint32_t *rooms = ring.rooms
+    cdef uint32_t mask = ring.size - 1, next = ring.avail_next
     cdef uint16_t flags = DescriptorFlag.DESC_WRITE if writable else 0
     cdef int i
-    count = min(count, <int>ring.free_count)
-    # The device has read these lines: all are fetched at once, not one after the other.
-    for _ in range(count):
-        prefetch_write(ring.desc + DESCRIPTOR_SIZE * at)
-        at = ring.links[at]
-    for i in range(count // AVAIL_LINE + 1):
-        prefetch_write(entries + AVAIL_ENTRY * (next + i * AVAIL_LINE & mask))
-    at = ring.free_head
+    if count == 0:
+        return
     for i in range(count):
-        store_descriptor(ring.desc + DESCRIPTOR_SIZE * at, pieces[i].gpa, pieces[i].length,
+        store_descriptor(desc + DESCRIPTOR_SIZE * ids[i], pieces[i].gpa, pieces[i].length,
                          flags, 0)
-        write_once_u16(entries + AVAIL_ENTRY * (next & mask), at)
-        ring.counts[at] = 1
-        ring.rooms[at] = pieces[i].length if writable else 0
-        if ids != NULL:
-            ids[i] = at
-        at = ring.links[at]
-        next += 1
-    ring.free_head = at
+        write_once_u16(entries + AVAIL_ENTRY * (next + i & mask), ids[i])
+        counts[ids[i]] = 1
+    if ring.in_order:
+        for i in range(count):
+            rooms[ids[i]] = pieces[i].length if writable else 0
+    ring.free_head = ring.links[ids[count - 1]]
     ring.free_count -= count
-    ring.free_ids -= count
-    ring.avail_next = next
-    return count
+    ring.avail_next = <uint16_t>(next + count)
 
 
 cdef bint split_driver_publish(DriverRing *ring) noexcept nogil:
@@ -352,12 +363,13 @@ cdef bint split_driver_publish(DriverRing *ring) noexcept nogil:
 
 cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil:
     cdef uint16_t ready = <uint16_t>(ring.used_idx - ring.last_used)
-    cdef uint32_t mask = ring.size - 1, id = 0, length = 0, pieces
-    cdef uint16_t tail
+    cdef uint32_t mask = ring.size - 1, id = 0, length = 0
     cdef uint64_t entry
+    cdef Returned returned
     cdef int count = 0, i
     if ring.broken:
         return RING_BROKEN
+    returned.count = 0
     if ready == 0:
         # Pairs with the device's release store of used.idx.
         ring.used_idx = load_acquire_u16(ring.used + RING_IDX)
@@ -376,21 +388,16 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
             length = <uint32_t>(entry >> 32)
             if id >= ring.size or ring.counts[id] == 0:
                 ring.broken = 1      # a chain that the device does not have
-                return count if count else RING_BROKEN
+                break
         if ring.in_order:
             next_in_order(ring, &id, &length)
-        pieces = ring.counts[id]
-        tail = <uint16_t>id
-        for _ in range(pieces - 1):
-            tail = ring.links[tail]
-        release_ids(ring, <uint16_t>id, tail, pieces)
-        ring.free_count += pieces
-        ring.counts[id] = 0
+        take_back(ring, &returned, <uint16_t>id)
         out[count].id = id
         out[count].length = length
         ring.last_used += 1
         count += 1
-    return count
+    release(ring, &returned)
+    return RING_BROKEN if count == 0 and ring.broken else count
 
 
 cdef bint split_driver_arm(DriverRing *ring) noexcept nogil:

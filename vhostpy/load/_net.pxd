@@ -1,22 +1,16 @@
 """The packet generator: a driver's queue pairs, filled and emptied by one thread."""
 cimport cython
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from vhostpy._ends cimport UsedEntry
 from vhostpy.memory cimport Segment
 
 cdef struct Side:
-    # One virtqueue and its buffers. A slot is what one chain of ours is made of: one
-    # buffer, or several in a row for frames that are longer than a buffer.
+    # One virtqueue, and a buffer for each id of a descriptor.
     void *ring             # borrowed DriverVirtqueue
     uint8_t *buffers
     uint64_t gpa           # of the same
-    uint32_t *owner        # by chain id: the slot that the chain is made of
-    uint32_t *pool         # free slots
-    uint32_t *lengths      # by slot: bytes of its chain, where frames are written once
-    uint32_t slots
-    uint32_t slot_stride   # bytes
-    uint32_t first         # in pool
-    uint32_t free
-    uint32_t mask
+    uint32_t *lengths      # by id: bytes of its frame, where frames are written once
+    uint32_t size          # of the queue
     int kick_fd
 
 cdef struct Counters:
@@ -74,9 +68,9 @@ cdef class NetGenerator:
     cdef bint stamps
     cdef bint broadcast
     cdef bint mergeable
-    cdef bint jumbo
     cdef uint32_t room     # bytes of a buffer
-    cdef uint32_t stride
+    cdef uint32_t stride   # from one to the next
+    cdef uint32_t pieces   # buffers of the longest frame
     cdef uint32_t macs
     cdef uint32_t burst
     cdef uint32_t window   # most frames in flight in each direction; 0: an open loop
@@ -91,19 +85,22 @@ cdef class NetGenerator:
     cdef uint64_t total_ticks
     cdef double rate_us    # ticks a microsecond
 
-    cdef _wire(self, Side *side, object queue, object gpa, object pieces)
+    cdef _wire(self, Side *side, object queue, object gpa)
     cdef void loop(self) noexcept nogil
     cdef int turn(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil
-    cdef int reclaim(self, Pair *pair) noexcept nogil
+    cdef int collect(self, Pair *pair, Side *side, UsedEntry *used) noexcept nogil
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil
-    cdef void write_payload(self, uint8_t *at, uint32_t size, uint64_t sequence) noexcept nogil
+    cdef uint64_t send_whole(self, Pair *pair, uint32_t count, bint prime) noexcept nogil
+    cdef uint64_t send_long(self, Pair *pair, uint32_t count, bint prime) noexcept nogil
+    cdef void write_payload(self, const Segment *pieces, int count,
+                            uint64_t sequence) noexcept nogil
+    cdef uint32_t next_length(self, Pair *pair, uint16_t id, bint prime) noexcept nogil
     cdef uint32_t lines_touched(self, uint32_t length) noexcept nogil
-    cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
-                    bint writable) noexcept nogil
-    cdef void offer_long(self, Side *side, uint32_t slot, uint32_t length) noexcept nogil
     cdef int receive(self, Pair *pair, uint64_t now) noexcept nogil
-    cdef void post(self, Side *side) noexcept nogil
+    cdef void look_at(self, Pair *pair, const UsedEntry *used, int count,
+                      uint64_t now) noexcept nogil
+    cdef void post(self, Side *side, uint16_t *ids, int count) noexcept nogil
     cdef void look(self, Pair *pair, const uint8_t *at, uint32_t length,
                    uint64_t now) noexcept nogil
     cdef void look_on(self, Pair *pair, const uint8_t *at, uint32_t length,

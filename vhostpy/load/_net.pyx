@@ -18,7 +18,7 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport write
 
 from vhostpy._hw cimport (
-    cpu_pause, load_acquire_u32, prefetch_read, prefetch_write, read_once_u16,
+    cpu_pause, likely, load_acquire_u32, prefetch_read, prefetch_write, read_once_u16,
     read_once_u32, read_once_u64, store_release_u32, ticks, ticks_per_us, unlikely,
     write_once_u32, write_once_u64,
 )
@@ -64,24 +64,8 @@ cpdef enum Phase:
 FRAME_MIN, FRAME_MAX, MACS_MAX = SHORT, FRAME_LIMIT, 65536
 
 
-# --- Slots ---------------------------------------------------------------------------
-
-cdef inline uint32_t take(Side *side, bint fifo) noexcept nogil:
-    # The caller has looked that one is free.
-    side.free -= 1
-    if fifo:
-        side.first += 1
-        return side.pool[(side.first - 1) & side.mask]
-    return side.pool[(side.first + side.free) & side.mask]
-
-
-cdef inline void put(Side *side, uint32_t slot) noexcept nogil:
-    side.pool[(side.first + side.free) & side.mask] = slot
-    side.free += 1
-
-
-cdef inline uint8_t *memory_of(Side *side, uint32_t slot) noexcept nogil:
-    return side.buffers + <uint64_t>slot * side.slot_stride
+cdef inline uint8_t *buffer_of(Side *side, uint16_t id, uint32_t stride) noexcept nogil:
+    return side.buffers + <uint64_t>id * stride
 
 
 cdef inline uint32_t lines_of(uint32_t length) noexcept nogil:
@@ -123,7 +107,8 @@ cdef class NetGenerator:
     """Sends and receives on all queue pairs; `run` on a thread, the rest from another.
 
     `pairs`: (rx queue, tx queue, rx buffers' GPA, tx buffers' GPA, port, peer, sends) of
-    each; a queue is a `frontend.Queue`. Slots must fit: `slots_of` says how many there are.
+    each; a queue is a `frontend.Queue`. There are as many buffers as descriptors, `stride`
+    bytes apart.
     """
 
     def __cinit__(self, pairs, *, sizes, int touch, bint fifo=False, bint dirty=True,
@@ -144,7 +129,7 @@ cdef class NetGenerator:
         self.stamps, self.broadcast, self.mergeable = stamps, broadcast, mergeable
         self.room, self.stride, self.macs, self.burst = room, stride, macs, burst
         self.window = window
-        self.jumbo = AT_FRAME + max(sizes) > room
+        self.pieces = -(-(AT_FRAME + max(sizes)) // room)
         self.rate_us = ticks_per_us()
         self.count = len(pairs)
         self.pairs = <Pair *>calloc(self.count, sizeof(Pair))
@@ -167,34 +152,27 @@ cdef class NetGenerator:
         for i, (rx, tx, rx_gpa, tx_gpa, port, peer, sends) in enumerate(pairs):
             self.pairs[i].port, self.pairs[i].peer, self.pairs[i].sends = port, peer, sends
             senders += bool(sends)
-            self._wire(&self.pairs[i].rx, rx, rx_gpa, 1)
-            self._wire(&self.pairs[i].tx, tx, tx_gpa, -(-(AT_FRAME + max(sizes)) // room))
+            self._wire(&self.pairs[i].rx, rx, rx_gpa)
+            self._wire(&self.pairs[i].tx, tx, tx_gpa)
             self.prepare(&self.pairs[i])
         if rate_pps > 0 and senders:
             self.ticks_per_frame = self.rate_us * 1e6 / rate_pps * senders
 
-    cdef _wire(self, Side *side, queue, gpa, pieces):
+    cdef _wire(self, Side *side, queue, gpa):
         cdef DriverVirtqueue ring = queue.ring
         cdef Segment whole
-        cdef uint32_t hint = 0, i
-        size = ring.size
-        side.slots = size // pieces
-        if side.slots == 0:
-            raise ValueError(f"frames of {pieces} buffers in a queue of {size}")
-        side.slot_stride = pieces * self.stride
-        side.owner = <uint32_t *>calloc(size, sizeof(uint32_t))
-        side.pool = <uint32_t *>calloc(size, sizeof(uint32_t))
-        side.lengths = <uint32_t *>calloc(size, sizeof(uint32_t))
-        if side.owner == NULL or side.pool == NULL or side.lengths == NULL:
+        cdef uint32_t hint = 0
+        side.size = ring.size
+        if self.pieces > side.size:
+            raise ValueError(f"frames of {self.pieces} buffers in a queue of {side.size}")
+        side.lengths = <uint32_t *>calloc(side.size, sizeof(uint32_t))
+        if side.lengths == NULL:
             raise MemoryError
-        if translate(&ring.memory.map, gpa, <uint64_t>side.slots * side.slot_stride, &whole, 1,
+        if translate(&ring.memory.map, gpa, <uint64_t>side.size * self.stride, &whole, 1,
                      &hint) != 1:
             raise ValueError(f"buffers at {gpa:#x} are not in one piece of memory")
         side.buffers, side.gpa = whole.hva, gpa
-        side.mask = size - 1
         side.kick_fd = -1 if queue.kick is None else queue.kick.fileno()
-        for i in range(side.slots):
-            put(side, i)
         ring.disarm()
         side.ring = <void *>ring
         self.keep.append(queue)
@@ -203,8 +181,8 @@ cdef class NetGenerator:
         cdef int i
         if self.pairs != NULL:
             for i in range(self.count):
-                free_side(&self.pairs[i].rx)
-                free_side(&self.pairs[i].tx)
+                free(self.pairs[i].rx.lengths)
+                free(self.pairs[i].tx.lengths)
         free(self.pairs)
         free(self.sizes)
         free(self.template)
@@ -241,29 +219,27 @@ cdef class NetGenerator:
 
     cdef int turn(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil:
         cdef int found = self.receive(pair, now), limit
+        cdef UsedEntry sent[BURST]
         if pair.sends or pair.primes:
-            self.reclaim(pair)
+            self.collect(pair, &pair.tx, sent)
             limit = self.allowance(pair, phase, now)
             if limit:
                 found += self.send(pair, limit, phase == Phase.TEACH)
         return found
 
-    # Sending.
-
-    cdef int reclaim(self, Pair *pair) noexcept nogil:
-        """Takes back what the device has sent."""
-        cdef UsedEntry used[BURST]
-        cdef int count = (<DriverVirtqueue>pair.tx.ring).collect(used, BURST), i
+    cdef int collect(self, Pair *pair, Side *side, UsedEntry *used) noexcept nogil:
+        cdef int count = (<DriverVirtqueue>side.ring).collect(used, BURST)
         if unlikely(count < 0):
             self.broken = 1 + <int>(pair - self.pairs)
             return 0
-        for i in range(count):
-            put(&pair.tx, pair.tx.owner[used[i].id])
         return count
+
+    # Sending.
 
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil:
         """How many frames are to be sent now."""
-        cdef uint32_t limit = min(pair.tx.free, self.burst)
+        cdef uint32_t free = (<DriverVirtqueue>pair.tx.ring).ring.free_count
+        cdef uint32_t limit = min(free if self.pieces == 1 else free // self.pieces, self.burst)
         cdef uint64_t flying
         cdef double due
         if phase != Phase.SEND:
@@ -284,8 +260,8 @@ cdef class NetGenerator:
             due = (<double>now - pair.paced_at) / self.ticks_per_frame
             if due < 1:
                 return 0
-            if due > pair.tx.slots:     # the device does not take them: no burst later on
-                pair.paced_at = <double>now - self.ticks_per_frame * pair.tx.slots
+            if due > pair.tx.size:      # the device does not take them: no burst later on
+                pair.paced_at = <double>now - self.ticks_per_frame * pair.tx.size
             if due < limit:
                 limit = <uint32_t>due
             pair.paced_at += self.ticks_per_frame * limit
@@ -293,43 +269,11 @@ cdef class NetGenerator:
 
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil:
         cdef Side *side = &pair.tx
-        cdef Segment pieces[BURST]
-        cdef uint32_t slots[BURST]
-        cdef uint32_t i, ahead = 0, flying = 0, lines
-        cdef uint8_t *at
-        cdef uint64_t bytes = 0
-        cdef uint64_t stamp = ticks() if self.stamps else 0
-        for i in range(limit):
-            slots[i] = take(side, self.fifo)
-            pieces[i].gpa = side.gpa + <uint64_t>slots[i] * side.slot_stride
-            pieces[i].hva = memory_of(side, slots[i])
-            if self.touch == Touch.NONE:
-                pieces[i].length = side.lengths[slots[i]]
-            elif prime:
-                pieces[i].length = AT_FRAME + SHORT
-            else:
-                pieces[i].length = AT_FRAME + self.sizes[pair.size_at]
-                pair.size_at = pair.size_at + 1 if pair.size_at + 1 < self.size_count else 0
-            bytes += pieces[i].length - AT_FRAME
-        if self.touch:
-            for i in range(limit):
-                while ahead < limit and flying < LINES_AHEAD:
-                    lines = self.lines_touched(pieces[ahead].length)
-                    fetch(pieces[ahead].hva, lines, True)
-                    flying += lines
-                    ahead += 1
-                flying -= self.lines_touched(pieces[i].length)
-                at = pieces[i].hva
-                self.write_header(pair, at, pieces[i].length - AT_FRAME, prime, stamp)
-                stamp = 0       # one frame of each burst is timed
-                if self.touch == Touch.FRAME:
-                    self.write_payload(at, pieces[i].length - AT_FRAME, pair.sequence)
-                pair.sequence += not prime
-        if unlikely(self.jumbo):
-            for i in range(limit):
-                self.offer_long(side, slots[i], pieces[i].length)
+        cdef uint64_t bytes
+        if likely(self.pieces == 1):
+            bytes = self.send_whole(pair, limit, prime)
         else:
-            self.offer(side, pieces, slots, limit, False)
+            bytes = self.send_long(pair, limit, prime)
         if (<DriverVirtqueue>side.ring).publish():
             kick(pair, side)
         if prime:
@@ -339,33 +283,81 @@ cdef class NetGenerator:
             pair.count.sent_bytes += bytes
         return limit
 
-    cdef inline uint32_t lines_touched(self, uint32_t length) noexcept nogil:
-        """Of a frame's first buffer."""
-        return 1 if self.touch == Touch.HEADER else lines_of(min(length, self.room))
-
-    cdef void offer(self, Side *side, const Segment *pieces, const uint32_t *slots, int count,
-                    bint writable) noexcept nogil:
-        """Chains of one buffer each. There are descriptors for all slots together."""
+    cdef uint64_t send_whole(self, Pair *pair, uint32_t count, bint prime) noexcept nogil:
+        """Frames in a buffer each; their bytes."""
+        cdef Side *side = &pair.tx
         cdef uint16_t ids[BURST]
-        cdef int i
-        count = (<DriverVirtqueue>side.ring).add_burst(pieces, count, writable, ids)
+        cdef Segment pieces[BURST]
+        cdef uint32_t i, ahead = 0, flying = 0, lines
+        cdef uint64_t bytes = 0
+        cdef uint64_t stamp = ticks() if self.stamps else 0
+        (<DriverVirtqueue>side.ring).reserve(ids, count)
         for i in range(count):
-            side.owner[ids[i]] = slots[i]
+            pieces[i].gpa = side.gpa + <uint64_t>ids[i] * self.stride
+            pieces[i].hva = buffer_of(side, ids[i], self.stride)
+            pieces[i].length = self.next_length(pair, ids[i], prime)
+            bytes += pieces[i].length - AT_FRAME
+        if self.touch:
+            for i in range(count):
+                while ahead < count and flying < LINES_AHEAD:
+                    lines = self.lines_touched(pieces[ahead].length)
+                    fetch(pieces[ahead].hva, lines, True)
+                    flying += lines
+                    ahead += 1
+                flying -= self.lines_touched(pieces[i].length)
+                self.write_header(pair, pieces[i].hva, pieces[i].length - AT_FRAME, prime, stamp)
+                stamp = 0       # one frame of each burst is timed
+                if self.touch == Touch.FRAME:
+                    self.write_payload(&pieces[i], 1, pair.sequence)
+                pair.sequence += not prime
+        (<DriverVirtqueue>side.ring).add_burst(ids, pieces, count, False)
+        return bytes
 
-    cdef void offer_long(self, Side *side, uint32_t slot, uint32_t length) noexcept nogil:
-        """A frame in several buffers."""
+    cdef uint64_t send_long(self, Pair *pair, uint32_t count, bint prime) noexcept nogil:
+        """Frames in several buffers each; their bytes."""
+        cdef Side *side = &pair.tx
+        cdef uint16_t ids[PIECES]
         cdef Segment pieces[PIECES]
-        cdef int count = 0, id
-        cdef uint64_t gpa = side.gpa + <uint64_t>slot * side.slot_stride
-        while length:
-            pieces[count].gpa = gpa
-            pieces[count].length = min(length, self.room)
-            length -= pieces[count].length
-            gpa += self.stride
-            count += 1
-        id = (<DriverVirtqueue>side.ring).add_chain(pieces, count, 0)
-        if id >= 0:
-            side.owner[id] = slot
+        cdef uint32_t length, left, i
+        cdef int used
+        cdef uint64_t bytes = 0
+        cdef uint64_t stamp = ticks() if self.stamps else 0
+        for i in range(count):
+            (<DriverVirtqueue>side.ring).reserve(ids, self.pieces)
+            length = left = self.next_length(pair, ids[0], prime)
+            used = 0
+            while left:
+                pieces[used].gpa = side.gpa + <uint64_t>ids[used] * self.stride
+                pieces[used].hva = buffer_of(side, ids[used], self.stride)
+                pieces[used].length = min(left, self.room)
+                if self.touch:
+                    fetch(pieces[used].hva, self.lines_touched(pieces[used].length), True)
+                left -= pieces[used].length
+                used += 1
+            if self.touch:
+                self.write_header(pair, pieces[0].hva, length - AT_FRAME, prime, stamp)
+                stamp = 0
+                if self.touch == Touch.FRAME:
+                    self.write_payload(pieces, used, pair.sequence)
+                pair.sequence += not prime
+            (<DriverVirtqueue>side.ring).add_chain(pieces, used, 0)
+            bytes += length - AT_FRAME
+        return bytes
+
+    cdef inline uint32_t next_length(self, Pair *pair, uint16_t id, bint prime) noexcept nogil:
+        """Of the next frame, with its virtio header."""
+        cdef uint32_t size
+        if self.touch == Touch.NONE:
+            return pair.tx.lengths[id]
+        if prime:
+            return AT_FRAME + SHORT
+        size = self.sizes[pair.size_at]
+        pair.size_at = pair.size_at + 1 if pair.size_at + 1 < self.size_count else 0
+        return AT_FRAME + size
+
+    cdef inline uint32_t lines_touched(self, uint32_t length) noexcept nogil:
+        """Of a buffer."""
+        return 1 if self.touch == Touch.HEADER else lines_of(min(length, self.room))
 
     cdef void write_header(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
                            uint64_t stamp) noexcept nogil:
@@ -386,27 +378,30 @@ cdef class NetGenerator:
         write_once_u32(at + AT_SIZE, size)
         pair.flow = flow + 1 if flow + 1 < self.macs else 0
 
-    cdef void write_payload(self, uint8_t *at, uint32_t size, uint64_t sequence) noexcept nogil:
+    cdef void write_payload(self, const Segment *pieces, int count,
+                            uint64_t sequence) noexcept nogil:
         cdef const uint8_t *source = self.template + sequence % TEMPLATES
-        cdef uint32_t offset = AT_PAYLOAD, left = AT_FRAME + size - AT_PAYLOAD, step
-        while left:
-            step = min(left, self.room - offset)
-            memcpy(at + offset, source, step)
+        cdef uint32_t offset = AT_PAYLOAD, step
+        cdef int i
+        for i in range(count):
+            step = pieces[i].length - offset
+            memcpy(pieces[i].hva + offset, source, step)
             source += step
-            left -= step
-            at += self.stride
             offset = 0
 
     cdef void prepare(self, Pair *pair) noexcept nogil:
         """Writes all buffers once, so that no page is missing later."""
-        cdef uint32_t i, length
-        memset(pair.rx.buffers, 0, <uint64_t>pair.rx.slots * pair.rx.slot_stride)
-        memset(pair.tx.buffers, 0, <uint64_t>pair.tx.slots * pair.tx.slot_stride)
-        for i in range(pair.tx.slots):
-            length = self.sizes[i % self.size_count]
-            self.write_header(pair, memory_of(&pair.tx, i), length, False, 0)
-            self.write_payload(memory_of(&pair.tx, i), length, 0)
-            pair.tx.lengths[i] = AT_FRAME + length
+        cdef Segment piece
+        cdef uint32_t i, size
+        memset(pair.rx.buffers, 0, <uint64_t>pair.rx.size * self.stride)
+        memset(pair.tx.buffers, 0, <uint64_t>pair.tx.size * self.stride)
+        for i in range(pair.tx.size):
+            size = self.sizes[i % self.size_count]
+            pair.tx.lengths[i] = AT_FRAME + size
+            piece.hva = buffer_of(&pair.tx, i, self.stride)
+            piece.length = min(AT_FRAME + size, self.room)
+            self.write_header(pair, piece.hva, size, False, 0)
+            self.write_payload(&piece, 1, 0)
         pair.flow = 0
 
     # Receiving.
@@ -414,55 +409,54 @@ cdef class NetGenerator:
     cdef int receive(self, Pair *pair, uint64_t now) noexcept nogil:
         cdef Side *side = &pair.rx
         cdef UsedEntry used[BURST]
-        cdef uint8_t *at[BURST]
-        cdef int count = (<DriverVirtqueue>side.ring).collect(used, BURST), i
-        cdef uint32_t slot, flying = 0, lines
-        cdef int ahead = 0
-        if unlikely(count < 0):
-            self.broken = 1 + <int>(pair - self.pairs)
+        cdef uint16_t ids[BURST]
+        cdef int count = self.collect(pair, side, used), free, i
+        if self.broken:
             return 0
-        if count and self.stamps:
-            now = ticks()
-        for i in range(count):
-            slot = side.owner[used[i].id]
-            put(side, slot)
-            at[i] = memory_of(side, slot)
+        free = (<DriverVirtqueue>side.ring).reserve(ids, BURST)
         if self.touch:
-            for i in range(count):
-                while ahead < count and flying < LINES_AHEAD:
-                    lines = self.lines_touched(used[ahead].length)
-                    fetch(at[ahead], 1, self.dirty)
-                    fetch(at[ahead] + LINE, lines - 1, False)
-                    flying += lines
-                    ahead += 1
-                flying -= self.lines_touched(used[i].length)
-                self.look(pair, at[i], used[i].length, now)
-                if self.dirty:
-                    # What a guest's stack does, which builds its own data there.
-                    write_once_u64(at[i], 0x5555555555555555)
-                    write_once_u32(at[i] + 8, 0x55555555)
+            self.look_at(pair, used, count, ticks() if self.stamps else now)
         else:
             for i in range(count):
                 pair.count.received_bytes += used[i].length - AT_FRAME
             pair.count.received += count
-        if side.free:
-            self.post(side)
+        if free:
+            self.post(side, ids, free)
             if (<DriverVirtqueue>side.ring).publish():
                 kick(pair, side)
         return count
 
-    cdef void post(self, Side *side) noexcept nogil:
-        """Gives the device all buffers that are free."""
+    cdef void look_at(self, Pair *pair, const UsedEntry *used, int count,
+                      uint64_t now) noexcept nogil:
+        cdef uint8_t *at
+        cdef uint32_t flying = 0, lines
+        cdef int i, ahead = 0
+        for i in range(count):
+            while ahead < count and flying < LINES_AHEAD:
+                at = buffer_of(&pair.rx, <uint16_t>used[ahead].id, self.stride)
+                lines = self.lines_touched(used[ahead].length)
+                fetch(at, 1, self.dirty)
+                fetch(at + LINE, lines - 1, False)
+                flying += lines
+                ahead += 1
+            flying -= self.lines_touched(used[i].length)
+            at = buffer_of(&pair.rx, <uint16_t>used[i].id, self.stride)
+            self.look(pair, at, used[i].length, now)
+            if self.dirty:
+                # What a guest's stack does, which builds its own data there.
+                write_once_u64(at, 0x5555555555555555)
+                write_once_u32(at + 8, 0x55555555)
+
+    cdef void post(self, Side *side, uint16_t *ids, int count) noexcept nogil:
+        """Gives the device all buffers that are free; these, to begin with."""
         cdef Segment pieces[BURST]
-        cdef uint32_t slots[BURST]
-        cdef int count, i
-        while side.free:
-            count = min(side.free, <uint32_t>BURST)
+        cdef int i
+        while count:
             for i in range(count):
-                slots[i] = take(side, self.fifo)
-                pieces[i].gpa = side.gpa + <uint64_t>slots[i] * side.slot_stride
+                pieces[i].gpa = side.gpa + <uint64_t>ids[i] * self.stride
                 pieces[i].length = self.room
-            self.offer(side, pieces, slots, count, True)
+            (<DriverVirtqueue>side.ring).add_burst(ids, pieces, count, True)
+            count = (<DriverVirtqueue>side.ring).reserve(ids, BURST)
 
     cdef void look(self, Pair *pair, const uint8_t *at, uint32_t length,
                    uint64_t now) noexcept nogil:
@@ -476,7 +470,7 @@ cdef class NetGenerator:
         kind = read_once_u64(at + AT_TYPE)
         stream = kind >> 16 & 0xffff
         pair.source = NULL
-        if unlikely(self.jumbo):
+        if unlikely(self.pieces > 1):
             pair.left = max(read_once_u16(at + AT_BUFFERS), <uint16_t>1) - 1
         if unlikely(<uint16_t>kind != OURS or stream >= <uint32_t>self.count
                     or length < AT_PAYLOAD):
@@ -592,12 +586,6 @@ cdef class NetGenerator:
     def forget_latencies(self) -> None:
         """What comes now counts; a frame that arrives meanwhile may be lost to the count."""
         memset(self.histogram, 0, BINS * sizeof(uint64_t))
-
-
-cdef void free_side(Side *side) noexcept:
-    free(side.owner)
-    free(side.pool)
-    free(side.lengths)
 
 
 def clock_rate() -> float:
