@@ -111,8 +111,8 @@ cdef struct Returned:
 cdef inline void take_back(DriverRing *ring, Returned *returned, uint16_t head) noexcept nogil:
     """A chain is the driver's again."""
     cdef uint16_t tail = head
-    cdef uint32_t count = ring.counts[head], i
-    for i in range(1, count):
+    cdef uint32_t count = ring.counts[head]
+    for _ in range(1, count):
         tail = ring.links[tail]
     ring.counts[head] = 0
     if returned.count == 0:

@@ -22,6 +22,11 @@ cdef inline uint16_t step(uint16_t position, uint32_t slots, uint32_t size) noex
     return <uint16_t>((position & WRAP ^ WRAP) | (index - size))
 
 
+cdef inline uint16_t step_one(uint16_t position, uint32_t size) noexcept nogil:
+    position += 1
+    return position if (position & INDEX) < size else (position & WRAP) ^ WRAP
+
+
 cdef inline uint32_t packed_distance(uint16_t start, uint16_t end, uint32_t size) noexcept nogil:
     """Slots from one position on to another, less than two rounds."""
     cdef int32_t slots = <int32_t>(end & 0x7fff) - <int32_t>(start & 0x7fff)

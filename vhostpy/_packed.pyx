@@ -35,6 +35,7 @@ cdef enum:
     AHEAD = 8
     # The driver fetches them to write: what comes back is soon made available again.
     DRIVER_AHEAD = 16
+    DESCRIPTORS_A_LINE = 4
 
     # A result of packed_walk(): nobody can tell where the next chain starts.
     WALK_BROKEN = -2
@@ -330,7 +331,7 @@ cdef int packed_add(DriverRing *ring, const Segment *pieces, int readable,
         if i + 1 < count:
             flags |= DescriptorFlag.DESC_NEXT
         put_available(ring, position, pieces[i].gpa, pieces[i].length, id, flags)
-        position = step(position, 1, ring.size)
+        position = step_one(position, ring.size)
     ring.avail_next = position
     take_ids(ring, count, room)
     return id
@@ -342,7 +343,7 @@ cdef int packed_add_table(DriverRing *ring, uint64_t gpa, uint32_t length,
     if ring.free_count == 0:
         return -1
     put_available(ring, ring.avail_next, gpa, length, id, DescriptorFlag.DESC_INDIRECT)
-    ring.avail_next = step(ring.avail_next, 1, ring.size)
+    ring.avail_next = step_one(ring.avail_next, ring.size)
     take_ids(ring, 1, writable)
     return id
 
@@ -355,6 +356,10 @@ cdef int packed_reserve(DriverRing *ring, uint16_t *ids, int limit) noexcept nog
     for i in range(limit):
         ids[i] = id
         id = links[id]
+    # The device has written these lines: all are fetched at once, not one after the other.
+    for i in range((limit + DESCRIPTORS_A_LINE - 1) // DESCRIPTORS_A_LINE):
+        prefetch_write(ring.desc + DESCRIPTOR_SIZE * (
+            step(ring.avail_next, i * DESCRIPTORS_A_LINE, ring.size) & INDEX))
     return limit
 
 
@@ -370,7 +375,7 @@ cdef void packed_add_burst(DriverRing *ring, const uint16_t *ids, const Segment 
         return
     for i in range(count):
         put_available(ring, position, pieces[i].gpa, pieces[i].length, ids[i], flags)
-        position = step(position, 1, size)
+        position = step_one(position, size)
         counts[ids[i]] = 1
     if ring.in_order:
         for i in range(count):
@@ -392,17 +397,18 @@ cdef bint packed_driver_publish(DriverRing *ring) noexcept nogil:
     return event_wanted(ring.used, ring.event_idx, True, old, new, ring.size)
 
 
-cdef inline bint is_used(DriverRing *ring, uint64_t *rest) noexcept nogil:
+cdef inline bint is_used(DriverRing *ring, uint16_t position, uint64_t *rest) noexcept nogil:
     # Pairs with the device's release store of its burst's first flags. Where the device has
     # nothing, an old descriptor can look like a used one.
-    rest[0] = load_acquire_u64(ring.desc + DESCRIPTOR_SIZE * (ring.last_used & INDEX) + 8)
-    return (<uint16_t>(rest[0] >> 48) & OWNER == used_flags(ring.last_used)
-            and ring.last_used != ring.avail_idx)
+    rest[0] = load_acquire_u64(ring.desc + DESCRIPTOR_SIZE * (position & INDEX) + 8)
+    return (<uint16_t>(rest[0] >> 48) & OWNER == used_flags(position)
+            and position != ring.avail_idx)
 
 
 cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil:
     cdef uint64_t rest
-    cdef uint32_t id = 0, length = 0
+    cdef uint32_t id = 0, length = 0, slots
+    cdef uint16_t position = ring.last_used
     cdef Returned returned
     cdef int count = 0
     if ring.broken:
@@ -410,10 +416,9 @@ cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept no
     returned.count = 0
     while count < limit:
         if not ring.in_batch:
-            if not is_used(ring, &rest):
+            if not is_used(ring, position, &rest):
                 break
-            prefetch_write(ring.desc
-                           + DESCRIPTOR_SIZE * ((ring.last_used & INDEX) + DRIVER_AHEAD))
+            prefetch_write(ring.desc + DESCRIPTOR_SIZE * ((position & INDEX) + DRIVER_AHEAD))
             id = <uint16_t>(rest >> 32)
             length = 0               # "reserved for used descriptors without WRITE"
             if <uint16_t>(rest >> 48) & DescriptorFlag.DESC_WRITE:
@@ -423,11 +428,17 @@ cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept no
                 break
         if ring.in_order:
             next_in_order(ring, &id, &length)
-        ring.last_used = step(ring.last_used, ring.counts[id], ring.size)
+        # A branch, not a sum: else where the next one lies is known only when this one is here.
+        slots = ring.counts[id]
+        if likely(slots == 1):
+            position = step_one(position, ring.size)
+        else:
+            position = step(position, slots, ring.size)
         take_back(ring, &returned, <uint16_t>id)
         out[count].id = id
         out[count].length = length
         count += 1
+    ring.last_used = position
     release(ring, &returned)
     return RING_BROKEN if count == 0 and ring.broken else count
 
@@ -437,7 +448,7 @@ cdef bint packed_driver_arm(DriverRing *ring) noexcept nogil:
     set_events(ring.avail, ring.event_idx, ring.last_used)
     # Pairs with the device's fence between storing flags and reading what we wrote.
     fence_full()
-    return is_used(ring, &rest)
+    return is_used(ring, ring.last_used, &rest)
 
 
 cdef void packed_driver_disarm(DriverRing *ring) noexcept nogil:

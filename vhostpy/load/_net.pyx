@@ -238,8 +238,8 @@ cdef class NetGenerator:
 
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil:
         """How many frames are to be sent now."""
-        cdef uint32_t free = (<DriverVirtqueue>pair.tx.ring).ring.free_count
-        cdef uint32_t limit = min(free if self.pieces == 1 else free // self.pieces, self.burst)
+        cdef uint32_t room = (<DriverVirtqueue>pair.tx.ring).ring.free_count
+        cdef uint32_t limit = min(room if self.pieces == 1 else room // self.pieces, self.burst)
         cdef uint64_t flying
         cdef double due
         if phase != Phase.SEND:
@@ -318,11 +318,11 @@ cdef class NetGenerator:
         cdef Side *side = &pair.tx
         cdef uint16_t ids[PIECES]
         cdef Segment pieces[PIECES]
-        cdef uint32_t length, left, i
+        cdef uint32_t length, left
         cdef int used
         cdef uint64_t bytes = 0
         cdef uint64_t stamp = ticks() if self.stamps else 0
-        for i in range(count):
+        for _ in range(count):
             (<DriverVirtqueue>side.ring).reserve(ids, self.pieces)
             length = left = self.next_length(pair, ids[0], prime)
             used = 0
@@ -410,18 +410,18 @@ cdef class NetGenerator:
         cdef Side *side = &pair.rx
         cdef UsedEntry used[BURST]
         cdef uint16_t ids[BURST]
-        cdef int count = self.collect(pair, side, used), free, i
+        cdef int count = self.collect(pair, side, used), spare, i
         if self.broken:
             return 0
-        free = (<DriverVirtqueue>side.ring).reserve(ids, BURST)
+        spare = (<DriverVirtqueue>side.ring).reserve(ids, BURST)
         if self.touch:
             self.look_at(pair, used, count, ticks() if self.stamps else now)
         else:
             for i in range(count):
                 pair.count.received_bytes += used[i].length - AT_FRAME
             pair.count.received += count
-        if free:
-            self.post(side, ids, free)
+        if spare:
+            self.post(side, ids, spare)
             if (<DriverVirtqueue>side.ring).publish():
                 kick(pair, side)
         return count
