@@ -9,5 +9,8 @@ cdef void ask_for_a_look() noexcept nogil
 cdef void start_watchdog() noexcept nogil
 # Once a process; again after a fork.
 
-cdef int interrupt_number() noexcept nogil
-# The signal that stops a system call which waits. Threads must not block it.
+cdef void interrupt_thread(long tid) noexcept nogil
+# A system call that the thread waits in returns EINTR.
+
+cdef void only_faults_and_interrupts() noexcept nogil
+# For a worker's thread: all other signals are the main thread's.

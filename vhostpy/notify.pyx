@@ -81,6 +81,19 @@ cdef extern from *:
     static int notify_number(void)
     { return SIGRTMIN + 5; }
 
+    static void notify_interrupt(long tid)
+    { syscall(SYS_tgkill, getpid(), tid, notify_number()); }
+
+    static void notify_mask(void)
+    {
+        int let_through[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, notify_number()};
+        sigset_t mask;
+        sigfillset(&mask);
+        for (size_t i = 0; i < sizeof let_through / sizeof *let_through; i++)
+            sigdelset(&mask, let_through[i]);
+        pthread_sigmask(SIG_SETMASK, &mask, NULL);
+    }
+
     static void *notify_watch(void *unused)
     {
         struct timespec nap = {0, NOTIFY_LOOK_NS};
@@ -94,7 +107,7 @@ cdef extern from *:
                 uint32_t serial = __atomic_load_n(&slot->serial, __ATOMIC_ACQUIRE);
                 /* A thread that has just come back gets an EINTR too many at most. */
                 if (tid && serial == slot->seen)
-                    syscall(SYS_tgkill, getpid(), tid, notify_number());
+                    notify_interrupt(tid);
                 slot->seen = serial;
             }
         }
@@ -142,7 +155,8 @@ cdef extern from *:
     enum: EINTR
     int notify_attention
     int notify_write(int) nogil
-    int notify_number() nogil
+    void notify_interrupt(long) nogil
+    void notify_mask() nogil
     int notify_start() nogil
     bint notify_has_room(int) nogil
     enum: EFD_CLOEXEC, EFD_NONBLOCK
@@ -165,8 +179,12 @@ cdef void start_watchdog() noexcept nogil:
     notify_start()
 
 
-cdef int interrupt_number() noexcept nogil:
-    return notify_number()
+cdef void interrupt_thread(long tid) noexcept nogil:
+    notify_interrupt(tid)
+
+
+cdef void only_faults_and_interrupts() noexcept nogil:
+    notify_mask()
 
 
 def attention_fd() -> int:

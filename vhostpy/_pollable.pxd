@@ -1,0 +1,31 @@
+"""What a worker polls, and what one poll may use."""
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from vhostpy._chain cimport Scratch
+
+cdef enum:
+    # A poll's budget. 512 KiB copy in about 50 us, 256 small frames take less than
+    # that: a turn that spends it all stays well below 200 us.
+    BUDGET_FRAMES = 256
+    BUDGET_BYTES = 524288
+
+cdef struct Turn:
+    # What one poll may use. A poll stops at the first budget that reaches zero and
+    # leaves the rest for its next turn, so that no turn takes longer than about 200 us.
+    Scratch *scratch       # the poll resets `used` to 0 when it starts
+    uint64_t now           # ticks() when the poll started
+    int32_t frames         # output frames (copies of a flood count each) or requests
+    int64_t bytes          # output bytes
+    int worker             # index of the worker
+
+cdef class Pollable:
+    # Something that a worker polls. All three run on the worker's thread.
+    cdef int poll(self, Turn *turn) noexcept nogil
+    # Does at most a turn of work. Returns > 0 if it did or still has some, 0 when idle.
+    cdef bint arm(self) noexcept nogil
+    # Idle for a while: ask for a kick. True: work is there already, do not sleep.
+    cdef void disarm(self) noexcept nogil
+    # Polled again: no kicks needed.
+    cdef int slot          # control's: place in its worker's table; -1 when in none
+    cdef object home       # control's: the Worker whose table it is in, or None
+    cdef uint64_t busy_at  # worker's: ticks() of the last poll that found work
+    cdef bint parked       # worker's

@@ -1,0 +1,109 @@
+"""What a worker polls. Subclasses say what they do; this knows no thread and no table."""
+from libc.errno cimport errno
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free
+from posix.unistd cimport write
+
+from vhostpy._chain cimport SCRATCH_SEGMENTS, Scratch
+from vhostpy._hw cimport load_acquire_u64, store_release_u64, ticks
+from vhostpy.memory cimport Segment
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+
+cdef class Pollable:
+    """Something that a worker polls; subclasses say what."""
+
+    def __cinit__(self):
+        self.slot = -1
+
+    cdef int poll(self, Turn *turn) noexcept nogil:
+        return 0
+
+    cdef bint arm(self) noexcept nogil:
+        return False
+
+    cdef void disarm(self) noexcept nogil:
+        pass
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it waits for a kick."""
+        return self.parked
+
+    @property
+    def worker(self) -> int | None:
+        """Index of the worker that polls it."""
+        return self.home.index if self.home is not None else None
+
+    def step(self) -> int:
+        """One poll on the calling thread, for tests: refused while a worker polls it."""
+        cdef Turn turn
+        cdef Scratch scratch
+        cdef int found
+        if self.home is not None:
+            raise RuntimeError("a worker polls it")
+        scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
+        if scratch.segments == NULL:
+            raise MemoryError
+        scratch.limit = SCRATCH_SEGMENTS
+        scratch.used = 0
+        turn.scratch = &scratch
+        turn.now = ticks()
+        turn.frames = BUDGET_FRAMES
+        turn.bytes = BUDGET_BYTES
+        turn.worker = 0
+        with nogil:
+            found = self.poll(&turn)
+        free(scratch.segments)
+        return found
+
+
+# --- For tests -----------------------------------------------------------------------
+
+cdef class Probe(Pollable):
+    """A pollable that counts what is done to it, and can be told what to find."""
+    cdef readonly uint64_t polls
+    cdef readonly uint64_t arms
+    cdef readonly uint64_t disarms
+    cdef uint64_t wanted        # written by the test
+    cdef uint64_t served        # by the worker
+    cdef int jam_fd
+    cdef readonly long jam_errno
+
+    def __cinit__(self):
+        self.jam_fd = -1
+
+    cdef int poll(self, Turn *turn) noexcept nogil:
+        cdef uint64_t one = 1, wanted = load_acquire_u64(&self.wanted)
+        self.polls += 1
+        if self.jam_fd >= 0:
+            if write(self.jam_fd, &one, sizeof(one)) < 0:
+                self.jam_errno = errno
+            self.jam_fd = -1
+            return 1
+        if self.served == wanted:
+            return 0
+        turn.frames -= <int32_t>(wanted - self.served)
+        store_release_u64(&self.served, wanted)
+        return 1
+
+    cdef bint arm(self) noexcept nogil:
+        self.arms += 1
+        return self.served != load_acquire_u64(&self.wanted)
+
+    cdef void disarm(self) noexcept nogil:
+        self.disarms += 1
+
+    def give(self) -> None:
+        """One more piece of work, without a kick."""
+        store_release_u64(&self.wanted, self.wanted + 1)
+
+    def jam(self, int fd) -> None:
+        """The next poll writes to `fd`, which may block."""
+        self.jam_fd = fd
+
+    @property
+    def idle(self) -> bool:
+        return load_acquire_u64(&self.served) == self.wanted

@@ -1,0 +1,73 @@
+"""One worker: what its thread and control know of each other."""
+from libc.stdint cimport uint32_t, uint64_t
+from vhostpy._chain cimport Scratch
+from vhostpy._pollable cimport Pollable, Turn
+
+cdef void signal_fd(int fd) noexcept nogil
+# Adds one to an eventfd of ours; of others' see notify.
+
+cdef struct Table          # private to _worker.pyx: what a worker polls
+
+# Written by the worker only, read by control at any time.
+cdef struct Load:
+    uint64_t turns
+    uint64_t busy_turns        # that found work
+    uint64_t busy_polls        # polls that found work
+    uint64_t busy_ticks        # spent in them
+    uint64_t items             # of Turn.frames, used by them: packets sent on, or requests
+    uint64_t sleeps
+
+cdef class Worker:
+    cdef readonly int index
+    cdef readonly str name
+    cdef readonly object cpu        # pinned there, or None
+    # Published by control, read by the worker.
+    cdef Table *table
+    cdef uint32_t nudged
+    cdef uint32_t stopping
+    cdef int epoll_fd
+    cdef int wake_fd
+    cdef bint may_sleep
+    cdef uint64_t idle_ticks        # a pollable that found nothing for that long parks
+    cdef uint64_t look_ticks        # between two looks at epoll while something is active
+    cdef uint64_t turn_ticks        # a turn that takes longer is cut after the current poll
+    # The worker's.
+    cdef uint64_t epoch             # odd: in a turn; even: quiescent
+    cdef Load load
+    cdef Scratch scratch
+    cdef int active_count           # of table.active
+    cdef int cursor                 # where a turn that was cut goes on
+    cdef long tid
+    # Control's.
+    cdef object thread
+    cdef list pollables             # by slot; keeps alive what the table borrows
+    cdef dict watched               # pollable -> its fds
+    cdef uint32_t next_serial
+    cdef uint64_t generation
+    cdef uint64_t started_ticks
+    cdef Load shown                 # at the last loads()
+    cdef uint64_t shown_ticks
+
+    cdef void loop(self) noexcept nogil
+    cdef int turn(self, Table *table) noexcept nogil
+    cdef void activate_all(self, Table *table) noexcept nogil
+    cdef void activate(self, Table *table, uint64_t event) noexcept nogil
+    cdef void wake(self) noexcept nogil
+    cdef void wait_turn(self) noexcept nogil
+    # Returns when the turn that may be under way has ended.
+
+    cdef start(self)
+    cdef ask_to_stop(self)
+    cdef join(self)
+    cdef nudge(self)
+    cdef dict report(self)
+    # All four return the table that was in use before: free it after quiescence.
+    cdef Table *add(self, Pollable pollable, list fds) except NULL
+    cdef Table *remove(self, Pollable pollable) except NULL
+    cdef Table *watch(self, Pollable pollable, int fd) except NULL
+    cdef Table *unwatch(self, Pollable pollable, int fd) except NULL
+    cdef Table *new_table(self, uint32_t slots) except NULL
+    cdef Table *publish(self, Pollable added, uint32_t serial) except NULL
+    cdef watch_fd(self, int fd, uint64_t data)
+    cdef unwatch_fd(self, int fd)
+    cdef close_fds(self)
