@@ -19,7 +19,7 @@ from vhostpy._inflight import InflightArea
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
-from vhostpy.errors import GuestError, ProtocolError
+from vhostpy.errors import SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
 from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
 from vhostpy.notify import signal_once
@@ -289,7 +289,7 @@ class DataPlane:
         if self.memory is None:
             raise ProtocolError(
                 f"{self.device.name}: ring {index} started before any guest memory was shared",
-                "give QEMU -object memory-backend-memfd,share=on",
+                SHARE_ON,
             )
         _eventfd(state.err)
         dirty_log, used_log_gpa = self._log_of(index)

@@ -5,9 +5,10 @@ it out; one that is never carried out is closed with the effect.
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from vhostpy.fds import OwnedFd
-from vhostpy.payloads import MemoryRegion
+from vhostpy.payloads import MemoryRegion, Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,11 @@ class Reply(Effect):
     request: int
     payload: bytes
     fds: tuple[OwnedFd, ...] = ()
+
+    @classmethod
+    def pack(cls, request: int, payload: Payload, *fds: OwnedFd) -> Self:
+        """From a payload that is still an object."""
+        return cls(request, payload.pack(), fds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 """Errors, typed by who must act. Text: where, what with both values; `hint`: what next."""
 
+# The hint for all that comes of guest memory which is not shared.
+SHARE_ON = "give QEMU -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
+
 
 class VhostpyError(Exception):
     """Base of all that vhostpy raises on purpose; `hint` says what to do next."""

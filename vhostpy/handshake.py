@@ -1,22 +1,14 @@
-"""Where a session stands, in words and figures, for `status` and for error texts.
+"""Where a session stands, in words and figures, for `status`. Changes nothing."""
 
-Reads a session; changes nothing.
-"""
+from typing import Any
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-from vhostpy._spec import Feature, ProtocolFeature
-
-if TYPE_CHECKING:
-    from vhostpy.session import Session
-
-SHARE_ON = "give QEMU -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
+from vhostpy._spec import Feature
+from vhostpy.errors import SHARE_ON
+from vhostpy.names import feature_names, listed, protocol_feature_names
+from vhostpy.sessionstate import SessionState
 
 
-def describe(session: Session) -> dict[str, Any]:
+def describe(session: SessionState) -> dict[str, Any]:
     """Plain types under stable keys; `handshake` and `waits_for` are for people."""
     handshake, waits_for = _progress(session)
     features = session.features or 0
@@ -46,7 +38,7 @@ def describe(session: Session) -> dict[str, Any]:
     }
 
 
-def _progress(session: Session) -> tuple[str, str]:
+def _progress(session: SessionState) -> tuple[str, str]:
     """Where it stands, and what comes next ("" when nothing has to)."""
     if session.ended:
         return "ended", ""
@@ -68,29 +60,3 @@ def _progress(session: Session) -> tuple[str, str]:
     if not session.regions:
         return "negotiated", f"waiting for SET_MEM_TABLE; {SHARE_ON}"
     return "memory shared", "; ".join(pending) or "waiting for SET_VRING_KICK"
-
-
-def feature_names(mask: int, kind: str) -> list[str]:
-    """Names of virtio's feature bits for a device type: low bits differ between types."""
-    own = kind.upper() + "_"
-    foreign = tuple(prefix for prefix in ("NET_", "BLK_") if prefix != own)
-    names = {
-        int(bit): name.removeprefix(own)
-        for name, bit in Feature.__members__.items()
-        if not name.startswith(foreign)
-    }
-    return _names(mask, names)
-
-
-def protocol_feature_names(mask: int) -> list[str]:
-    """Names of vhost-user's protocol features."""
-    return _names(mask, {int(bit): name for name, bit in ProtocolFeature.__members__.items()})
-
-
-def listed(indexes: Iterable[int]) -> str:
-    """Ring numbers for a text."""
-    return ", ".join(map(str, indexes))
-
-
-def _names(mask: int, names: dict[int, str]) -> list[str]:
-    return [names.get(bit, f"bit {bit}") for bit in range(64) if mask >> bit & 1]

@@ -20,7 +20,7 @@ from libc.string cimport memcpy
 from vhostpy._hw cimport atomic_add_i64, atomic_or_u8, read_once_u8, unlikely
 from vhostpy._spec cimport Limit
 
-from vhostpy.errors import GuestError, ProtocolError
+from vhostpy.errors import SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import is_sealable, kind_of
 
 
@@ -68,10 +68,6 @@ LOCAL_FILE_SYSTEMS = {
     "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs",
 }
 HUGETLBFS = 0x958458F6      # statfs(2), f_type
-SHARE_HINT = (
-    "give the front-end's guest memory as shared memory, for QEMU:"
-    " -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
-)
 COUNT_HINT = "raise vm.max_map_count, or serve fewer sockets with one process"
 
 
@@ -139,16 +135,16 @@ cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) excep
         name = remote_file_system(fd)
         status = os.fstat(fd) if name is None else None
     except OSError as error:
-        raise ProtocolError(f"{what}: {error.strerror}", SHARE_HINT) from None
+        raise ProtocolError(f"{what}: {error.strerror}", SHARE_ON) from None
     if name is not None:
         raise ProtocolError(
             f"{what}: the file is on {name}, whose page faults may block for ever",
             "keep guest memory in a memfd, on tmpfs, hugetlbfs or a local disk",
         )
     if not stat.S_ISREG(status.st_mode):
-        raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_HINT)
+        raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_ON)
     if fstatfs(fd, &fs) < 0:
-        raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_HINT)
+        raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_ON)
     # Both are below 2**64, and Python's sum does not wrap.
     if int(offset) + int(size) > status.st_size:
         raise ProtocolError(
@@ -156,7 +152,7 @@ cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) excep
             "the front-end's file must hold the whole region before it is sent",
         )
     if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-        raise ProtocolError(f"{what}: the fd is not open for reading and writing", SHARE_HINT)
+        raise ProtocolError(f"{what}: the fd is not open for reading and writing", SHARE_ON)
     if <uint64_t>fs.f_type & 0xFFFFFFFF == HUGETLBFS:
         return fs.f_bsize
     return os.sysconf("SC_PAGE_SIZE")
@@ -202,7 +198,7 @@ cdef class Mapping:
             atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
             raise ProtocolError(
                 f"{what}: {errno.errorcode.get(error, error)} ({os.strerror(error)})",
-                COUNT_HINT if error == errno.ENOMEM else SHARE_HINT,
+                COUNT_HINT if error == errno.ENOMEM else SHARE_ON,
             )
         self.base = <uint8_t *>base
         self.data = self.base + pad
