@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from vhostpy._ring import DriverVirtqueue, Virtqueue, sizes_of
-from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+from vhostpy.mapping import Mapping
+from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 
 LAYOUTS = ["split", "packed"]
 INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32

@@ -57,6 +57,9 @@ cdef struct Scratch:
     uint32_t used
     uint32_t limit
 
+cdef int scratch_make(Scratch *scratch) except -1
+cdef void scratch_free(Scratch *scratch) noexcept nogil
+
 cdef struct Descriptor:
     uint64_t gpa
     uint32_t length

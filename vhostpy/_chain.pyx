@@ -1,15 +1,28 @@
-"""Chains that end in an indirect table.
+"""Chains that end in an indirect table; and scratches.
 
 Source: virtio 1.3, "Indirect Descriptors" (split), "Indirect Flag: Scatter-Gather
 Support" (packed).
 """
-from vhostpy._hw cimport read_once_u8, read_once_u64
+from libc.stdlib cimport free
+from vhostpy._hw cimport aligned_alloc, read_once_u8, read_once_u64
 from vhostpy.memory cimport TRANSLATE_FAULT
 
 cdef enum:
     # A chain "longer than the Queue Size" is forbidden, yet Linux builds such indirect
     # tables on small queues; up to here (UIO_MAXIOV) we take them too.
     INDIRECT_MAX = 1024
+
+
+cdef int scratch_make(Scratch *scratch) except -1:
+    scratch.used, scratch.limit = 0, SCRATCH_SEGMENTS
+    scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
+    if scratch.segments == NULL:
+        raise MemoryError
+    return 0
+
+
+cdef void scratch_free(Scratch *scratch) noexcept nogil:
+    free(scratch.segments)
 
 
 cdef int load_from_table(Ring *ring, uint64_t gpa, uint64_t *words) noexcept nogil:

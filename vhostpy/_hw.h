@@ -7,6 +7,9 @@
 #include <string.h>
 #include <time.h>
 
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "rings are read in place: virtio is little-endian, and so must we be");
+
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 

@@ -1,4 +1,4 @@
-"""Declarations of `_hw.h`."""
+"""Declarations of `_hw.h`, and of what the C library has that Cython does not declare."""
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "_hw.h" nogil:
@@ -33,3 +33,6 @@ cdef extern from "_hw.h" nogil:
     uint64_t ticks()
     uint64_t ticks_after_loads()
     double ticks_per_us()
+
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)

@@ -1,15 +1,10 @@
 """What a worker polls. Subclasses say what they do; this knows no thread and no table."""
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t
-from libc.stdlib cimport free
 from posix.unistd cimport write
 
-from vhostpy._chain cimport SCRATCH_SEGMENTS, Scratch
+from vhostpy._chain cimport Scratch, scratch_free, scratch_make
 from vhostpy._hw cimport load_acquire_u64, store_release_u64, ticks
-from vhostpy.memory cimport Segment
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 
 cdef class Pollable:
@@ -44,11 +39,7 @@ cdef class Pollable:
         cdef int found
         if self.home is not None:
             raise RuntimeError("a worker polls it")
-        scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
-        if scratch.segments == NULL:
-            raise MemoryError
-        scratch.limit = SCRATCH_SEGMENTS
-        scratch.used = 0
+        scratch_make(&scratch)
         turn.scratch = &scratch
         turn.now = ticks()
         turn.frames = BUDGET_FRAMES
@@ -56,7 +47,7 @@ cdef class Pollable:
         turn.worker = 0
         with nogil:
             found = self.poll(&turn)
-        free(scratch.segments)
+        scratch_free(&scratch)
         return found
 
 

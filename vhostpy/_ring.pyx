@@ -8,11 +8,12 @@ the copy is used.
 """
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memset
 
+from vhostpy._chain cimport scratch_free, scratch_make
 from vhostpy._ends cimport WorkerSide, break_ring, call_driver, log_collect, log_flush
-from vhostpy._hw cimport load_acquire_u32, store_release_u32, unlikely
+from vhostpy._hw cimport aligned_alloc, load_acquire_u32, store_release_u32, unlikely
 from vhostpy._inflight_packed cimport (
     packed_track_again, packed_track_published, packed_track_publishing, packed_track_rewind,
     packed_track_take,
@@ -41,15 +42,6 @@ from vhostpy.layout import (alignments_of, check_base, check_size, first_base, p
 globals().update(ChainFault=_chain.ChainFault, DriverVirtqueue=_driver.DriverVirtqueue)
 
 
-cdef extern from *:
-    """
-    #include <stdlib.h>
-    _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-                   "rings are read in place: virtio is little-endian, and so must we be");
-    """
-    void *aligned_alloc(size_t alignment, size_t size) nogil
-
-
 class Taken(NamedTuple):
     """A chain that `take` returned: guest addresses and lengths of its pieces."""
 
@@ -59,14 +51,6 @@ class Taken(NamedTuple):
     fault: int
     slots: int = 1
     entry: int = 0      # where it is remembered (packed)
-
-
-def gpa_of(memory: GuestMemory, uva: int) -> int:
-    """The guest's address of a front-end address that is in one of the regions."""
-    for region in memory.regions:
-        if 0 <= uva - region.uva < region.size:
-            return region.gpa + uva - region.uva
-    raise ProtocolError(f"{uva:#x} is in no memory region")
 
 
 cdef object taken_of(const Chain *chain):
@@ -414,14 +398,14 @@ cdef class Virtqueue:
                 raise ProtocolError(f"{names[i]} at {uva:#x}: not aligned to {alignments[i]}")
         self.ring.control.desc, self.ring.control.avail = parts[0], parts[1]
         self.ring.control.used = parts[2]
-        self.ring.desc_log_gpa = gpa_of(memory, uvas[0])
+        self.ring.desc_log_gpa = memory.gpa(uvas[0])
         self.ring.control.map = &memory.map
         self.ring.worker.hint = 0
         self.ring.worker.signalled_valid = 0
         self.memory = memory
         self.uvas = tuple(uvas)
 
-    # Doors, for tests, `check` and devices written in Python. ------------------------------
+    # Doors, for tests and devices written in Python. --------------------------------------
 
     def take(self, int limit=BURST) -> list:
         """Available chains, in order; raises GuestError where the ring is broken."""
@@ -430,10 +414,7 @@ cdef class Virtqueue:
         cdef int count, i
         if not 0 <= limit <= BURST:
             raise ValueError(f"limit {limit}: 0 to {BURST}")
-        scratch.used, scratch.limit = 0, SCRATCH_SEGMENTS
-        scratch.segments = <Segment *>malloc(SCRATCH_SEGMENTS * sizeof(Segment))
-        if scratch.segments == NULL:
-            raise MemoryError
+        scratch_make(&scratch)
         try:
             with nogil:
                 count = self.pop(chains, limit, &scratch)
@@ -441,7 +422,7 @@ cdef class Virtqueue:
                 raise GuestError("the ring is broken: its indexes jumped")
             return [taken_of(&chains[i]) for i in range(count)]
         finally:
-            free(scratch.segments)
+            scratch_free(&scratch)
 
     def put_back(self, chains) -> None:
         """Un-takes the youngest chains, which these are."""

@@ -22,20 +22,16 @@ from libc.string cimport memset
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport close, write
 
-from vhostpy._chain cimport SCRATCH_SEGMENTS
+from vhostpy._chain cimport scratch_free, scratch_make
 from vhostpy._hw cimport (
     clock_ns, cpu_pause, load_acquire_ptr, load_acquire_u32, load_acquire_u64, read_once_u64,
     store_fence_u64, store_release_ptr, store_release_u32, store_release_u64, ticks,
     ticks_per_us, unlikely,
 )
 from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES
-from vhostpy.memory cimport Segment
 from vhostpy.notify cimport interrupt_thread, only_faults_and_interrupts
 
 from vhostpy.errors import ProtocolError
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -118,10 +114,7 @@ cdef class Worker:
         self.idle_ticks = <uint64_t>(park_us * rate)
         self.look_ticks = <uint64_t>(LOOK_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)
-        self.scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
-        if self.scratch.segments == NULL:
-            raise MemoryError
-        self.scratch.limit = SCRATCH_SEGMENTS
+        scratch_make(&self.scratch)
         self.table = self.new_table(0)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -133,7 +126,7 @@ cdef class Worker:
         self.close_fds()
         if self.table != NULL:
             free(self.table)
-        free(self.scratch.segments)
+        scratch_free(&self.scratch)
 
     # The worker's thread. --------------------------------------------------------------
 

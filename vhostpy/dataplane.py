@@ -21,7 +21,8 @@ from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
 from vhostpy.errors import SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
-from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+from vhostpy.mapping import Mapping
+from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 from vhostpy.notify import signal_once
 from vhostpy.payloads import MemoryRegion
 from vhostpy.protocol import BackEndRequest, encode

@@ -1,8 +1,9 @@
-"""Guest memory: mappings, translation, dirty log, SIGBUS.
+"""Guest memory: regions, translation, generations, dirty log.
 
 Knows addresses and bytes; knows no ring, no message and no socket.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from vhostpy.mapping cimport Mapping, poison
 
 cdef enum:
     # Results of translate() besides a count of segments > 0.
@@ -56,19 +57,6 @@ cdef void log_mark(const LogMap *log, uint64_t gpa, uint64_t length) noexcept no
 # Sets the bits of all pages of [gpa, gpa + length): tests each bit first and sets it
 # atomically; pages past the end of the log are ignored (CVE-2019-14835). The caller
 # has put one full fence between its stores to guest memory and this.
-
-cdef void poison(const void *hva) noexcept nogil
-# A system call said EFAULT for guest memory at `hva`: marks its mapping as SIGBUS
-# would. Ignores addresses that are in no mapping. Any thread.
-
-cdef class Mapping:
-    # One mmap of a front-end's fd; unmapped when the last generation that holds it goes.
-    cdef uint8_t *base      # page-aligned address of the mmap
-    cdef size_t mapped      # its length, a multiple of page_size
-    cdef readonly uint64_t page_size
-    cdef uint8_t *data      # where the region starts inside it
-    cdef readonly uint64_t size
-    cdef int slot           # in the SIGBUS table; -1: none
 
 cdef class RegionInfo:
     # What the front-end said about a region, and where it is mapped. Frozen.

@@ -1,231 +1,28 @@
-"""Guest memory: mappings, translation, dirty log, SIGBUS.
+"""Guest memory: regions, translation, generations, dirty log.
 
-Knows addresses and bytes; knows no ring, no message and no socket. Nothing here
-populates, locks or registers guest memory: pages that a balloon or virtio-mem has
-given up would come back, or be written to behind the guest's back.
+Knows addresses and bytes; knows no ring, no message and no socket.
 """
-import errno
-import fcntl
-import os
-import stat
-
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF
-from libc.errno cimport errno as c_errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from vhostpy._hw cimport atomic_add_i64, atomic_or_u8, read_once_u8, unlikely
 from vhostpy._spec cimport Limit
+from vhostpy.mapping cimport MAPPED_MAX, size_text
 
-from vhostpy.errors import SHARE_ON, GuestError, ProtocolError
-from vhostpy.fds import is_sealable, kind_of
-
-
-cdef extern from "_sigbus.h" nogil:
-    int sigbus_event
-    int sigbus_install()
-    int sigbus_add(void *, uint64_t, uint64_t)
-    void sigbus_remove(int)
-    int sigbus_find(uint64_t)
-    void sigbus_mark(int)
-    bint sigbus_poisoned(int)
-
-cdef extern from "<sys/mman.h>" nogil:
-    enum:
-        PROT_READ
-        PROT_WRITE
-        MAP_SHARED
-        MAP_NORESERVE
-        MADV_DONTDUMP
-    void *MAP_FAILED
-    void *mmap(void *, size_t, int, int, int, int64_t)
-    int munmap(void *, size_t)
-    int madvise(void *, size_t, int)
-
-cdef extern from "<sys/vfs.h>" nogil:
-    struct statfs_t "statfs":
-        long f_type
-        long f_bsize
-    int fstatfs(int, statfs_t *)
+from vhostpy.errors import GuestError, ProtocolError
 
 # The longest Segment: its length is 32 bits, and pieces stay page-aligned.
 cdef uint64_t PIECE_MAX = 0xFFFFF000
-# Address space for all mappings together, of 128 TiB: a sparse file costs its sender
-# nothing and would leave no address for anybody else.
-cdef int64_t MAPPED_MAX = <int64_t>1 << 46
-cdef int64_t mapped_total = 0
 cdef int64_t generations = 0
 cdef int64_t generations_leaked = 0
-
-# proc(5), mountinfo: local ones, whose page faults end. A fault on FUSE or NFS may wait
-# for a server for ever, and a worker with it. Not overlayfs: its upper layer, where the
-# pages are, may be on FUSE. (devtmpfs has devices, which are named as such.)
-LOCAL_FILE_SYSTEMS = {
-    "tmpfs", "hugetlbfs", "ramfs", "devtmpfs",
-    "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs",
-}
-HUGETLBFS = 0x958458F6      # statfs(2), f_type
-COUNT_HINT = "raise vm.max_map_count, or serve fewer sockets with one process"
-
-
-def install_sigbus_handler() -> None:
-    """Contains SIGBUS on mappings from now on; may be called again at any time.
-
-    Faults elsewhere go to the handler that was there before, e.g. faulthandler's.
-    Each Mapping calls this: a handler that was installed over ours is put below it.
-    Threads that touch guest memory must not block SIGBUS: the kernel would kill.
-    """
-    cdef int error = sigbus_install()
-    if error:
-        raise OSError(error, f"SIGBUS handler: {os.strerror(error)}")
-
-
-def poison_fd() -> int:
-    """An eventfd, readable after a mapping was poisoned: look at each `poisoned`.
-
-    It belongs to this module: read it, don't close it.
-    """
-    install_sigbus_handler()
-    return sigbus_event
 
 
 def leaked_generations() -> int:
     """Generations that went while requests were under way in them."""
     return generations_leaked
-
-
-cdef void poison(const void *hva) noexcept nogil:
-    cdef int slot = sigbus_find(<uint64_t>hva)
-    if slot >= 0:
-        sigbus_mark(slot)
-
-
-cdef str size_text(uint64_t size):
-    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size and size % (<uint64_t>1 << shift) == 0:
-            return f"{size >> shift} {unit}"
-    return f"{size} bytes"
-
-
-cdef str remote_file_system(int fd):
-    """What a file is on that may wait for somebody; None where nothing does. Asks nobody."""
-    if is_sealable(fd) or kind_of(fd).startswith(("pipe:", "socket:", "anon_inode:")):
-        return None
-    with open(f"/proc/self/fdinfo/{fd}") as info:
-        number = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
-    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
-        for line in mounts:
-            # "36 35 98:0 /root /mnt rw,noatime master:1 - ext3 /dev/root rw,errors=continue"
-            mount, _, source = line.partition(" - ")
-            if mount.split(" ", 1)[0] == number:
-                kind = source.split(" ", 1)[0]
-                return None if kind in LOCAL_FILE_SYSTEMS else kind
-    return "a file system that is not mounted here"
-
-
-cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) except 0:
-    """The page size of the file, if it can hold `size` bytes at `offset`."""
-    cdef statfs_t fs
-    try:
-        fcntl.fcntl(fd, fcntl.F_GETFD)
-        # fstat asks the server, if there is one, and would wait for it, too.
-        name = remote_file_system(fd)
-        status = os.fstat(fd) if name is None else None
-    except OSError as error:
-        raise ProtocolError(f"{what}: {error.strerror}", SHARE_ON) from None
-    if name is not None:
-        raise ProtocolError(
-            f"{what}: the file is on {name}, whose page faults may block for ever",
-            "keep guest memory in a memfd, on tmpfs, hugetlbfs or a local disk",
-        )
-    if not stat.S_ISREG(status.st_mode):
-        raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_ON)
-    if fstatfs(fd, &fs) < 0:
-        raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_ON)
-    # Both are below 2**64, and Python's sum does not wrap.
-    if int(offset) + int(size) > status.st_size:
-        raise ProtocolError(
-            f"{what}: the file has only {size_text(status.st_size)}",
-            "the front-end's file must hold the whole region before it is sent",
-        )
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
-        raise ProtocolError(f"{what}: the fd is not open for reading and writing", SHARE_ON)
-    if <uint64_t>fs.f_type & 0xFFFFFFFF == HUGETLBFS:
-        return fs.f_bsize
-    return os.sysconf("SC_PAGE_SIZE")
-
-
-@cython.final
-cdef class Mapping:
-    """`size` bytes of a file from `offset` on, neither of them page-aligned perhaps.
-
-    Keeps no fd. Raises ProtocolError if the file can't be mapped or isn't safe to.
-    """
-
-    def __cinit__(self, fd: int, offset: int, size: int):
-        cdef uint64_t start, pad
-        cdef void *base
-        cdef int file_number
-        self.slot = -1
-        what = f"cannot map {size_text(size) if 0 <= size < 2**64 else size} at offset {offset}"
-        if not 0 <= offset < 2**63:
-            raise ProtocolError(f"{what}: the offset is not below 2**63")
-        if not 0 < size < 2**63:
-            raise ProtocolError(f"{what}: the size is not from 1 to 2**63 - 1")
-        file_number = fd
-        install_sigbus_handler()
-        self.page_size = check_file(file_number, offset, size, what)
-        self.size = size
-        # fstat bounds offset + size, so none of these wraps. The end of the file bounds
-        # the mapping too: a hugetlbfs file consists of whole huge pages.
-        start = <uint64_t>offset & ~(self.page_size - 1)
-        pad = <uint64_t>offset - start
-        self.mapped = (pad + self.size + self.page_size - 1) & ~(self.page_size - 1)
-        if atomic_add_i64(&mapped_total, self.mapped) > MAPPED_MAX:
-            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
-            raise ProtocolError(
-                f"{what}: all mappings together would pass {size_text(MAPPED_MAX)}",
-                "a front-end should send only memory that its guest has",
-            )
-        with nogil:
-            base = mmap(NULL, self.mapped, PROT_READ | PROT_WRITE,
-                        MAP_SHARED | MAP_NORESERVE, file_number, <int64_t>start)
-        if base == MAP_FAILED:
-            error = c_errno
-            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
-            raise ProtocolError(
-                f"{what}: {errno.errorcode.get(error, error)} ({os.strerror(error)})",
-                COUNT_HINT if error == errno.ENOMEM else SHARE_ON,
-            )
-        self.base = <uint8_t *>base
-        self.data = self.base + pad
-        madvise(base, self.mapped, MADV_DONTDUMP)
-        self.slot = sigbus_add(base, self.mapped, self.page_size)
-        if self.slot < 0:
-            raise ProtocolError(f"{what}: 65536 mappings are in use", COUNT_HINT)
-
-    def __dealloc__(self):
-        if self.slot >= 0:
-            sigbus_remove(self.slot)
-        if self.base != NULL:
-            munmap(self.base, self.mapped)
-            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
-
-    def __repr__(self):
-        return f"<Mapping of {size_text(self.size)} at {self.address:#x}>"
-
-    @property
-    def address(self) -> int:
-        """HVA of the first byte."""
-        return <uint64_t>self.data
-
-    @property
-    def poisoned(self) -> bool:
-        """The file was truncated or a page of it failed; what is read may be zeros."""
-        return sigbus_poisoned(self.slot)
 
 
 @cython.final
@@ -429,6 +226,13 @@ cdef class GuestMemory:
             raise ProtocolError(
                 f"user address {uva:#x}, {length} bytes: not within one memory region")
         return <uint64_t>found
+
+    def gpa(self, uva: int) -> int:
+        """The guest's address of the front-end's `uva`. Raises ProtocolError in no region."""
+        for region in self.regions:
+            if 0 <= uva - region.uva < region.size:
+                return region.gpa + uva - region.uva
+        raise ProtocolError(f"{uva:#x} is in no memory region")
 
     cdef list segments_of(self, object gpa, object length, uint32_t hint):
         """(HVA, bytes) pairs, found as the workers find them."""

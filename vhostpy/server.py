@@ -16,11 +16,12 @@ import weakref
 from collections.abc import Coroutine
 from typing import Any, ClassVar
 
-from vhostpy import fds, memory
+from vhostpy import fds
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
 from vhostpy.effects import Effect, MakeInflight, Reply, StopRing
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
+from vhostpy.mapping import poison_fd
 from vhostpy.notify import attention_fd
 from vhostpy.protocol import Decoder, Message, encode_reply
 from vhostpy.session import Session
@@ -304,7 +305,7 @@ class Connection:
 def _watch_workers(device: Device) -> None:
     """Has the running loop look after all sessions when a worker or a fault calls."""
     loop = asyncio.get_running_loop()
-    for fd in (memory.poison_fd(), attention_fd(), device.workers.attention_fd):
+    for fd in (poison_fd(), attention_fd(), device.workers.attention_fd):
         loop.add_reader(fd, _look_after_all, fd)
 
 

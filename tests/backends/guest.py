@@ -7,7 +7,8 @@ import time
 
 from vhostpy._ring import DriverVirtqueue, Virtqueue
 from vhostpy._spec import Feature
-from vhostpy.memory import GuestMemory, Mapping, RegionInfo
+from vhostpy.mapping import Mapping
+from vhostpy.memory import GuestMemory, RegionInfo
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2

@@ -7,7 +7,8 @@ from itertools import pairwise
 from vhostpy._ring import DriverVirtqueue, Virtqueue
 from vhostpy._spec import Feature
 from vhostpy.backends.netdevice import NetDevice
-from vhostpy.memory import GuestMemory, Mapping, RegionInfo
+from vhostpy.mapping import Mapping
+from vhostpy.memory import GuestMemory, RegionInfo
 
 UVA = 0x7F00_0000_0000
 PAGE = 4096

@@ -21,7 +21,8 @@ import threading
 import pytest
 
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo, poison_fd
+from vhostpy.mapping import Mapping, poison_fd
+from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE = 2 << 20
@@ -475,7 +476,8 @@ def test_part_of_a_huge_page_is_mapped_and_its_truncation_contained():
 
 PREFIX = """
 import faulthandler, mmap, os, signal, sys
-from vhostpy.memory import GuestMemory, Mapping, RegionInfo
+from vhostpy.mapping import Mapping
+from vhostpy.memory import GuestMemory, RegionInfo
 
 def truncated(size=65536):
     fd = os.memfd_create("x")

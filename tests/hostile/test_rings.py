@@ -34,7 +34,8 @@ from tests.rings import (
 )
 from vhostpy._ring import ChainFault, Virtqueue
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo
+from vhostpy.mapping import Mapping
+from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

@@ -19,7 +19,7 @@ from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
 from vhostpy.fds import FDS_MAX, HUNG_MAX, Closer, OwnedFd
 from vhostpy.frontend import FrontEnd
-from vhostpy.memory import Mapping
+from vhostpy.mapping import Mapping
 from vhostpy.protocol import FrontEndRequest as R
 from vhostpy.protocol import encode
 from vhostpy.server import Server

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.memory import DirtyLog, GuestMemory, Mapping, RegionInfo, leaked_generations
+from vhostpy.mapping import Mapping
+from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo, leaked_generations
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LOG_PAGE = 4096  # vhost-user, "Migration"

@@ -9,15 +9,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from vhostpy._hw cimport (
-    cpu_pause, fence_full, load_acquire_u32, read_once_u64, store_release_u32, ticks,
-    ticks_after_loads, write_once_u64,
+    aligned_alloc, cpu_pause, fence_full, load_acquire_u32, read_once_u64, store_release_u32,
+    ticks, ticks_after_loads, write_once_u64,
 )
 
 import os
 import threading
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 cdef enum:
     LINES = 256
