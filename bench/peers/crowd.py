@@ -16,7 +16,7 @@ from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.app import raise_fd_limit
 from vhostpy.frontend import FrontEnd
 from vhostpy.load._blk import CONTROL_BYTES, BlkGenerator, BlkPhase
-from vhostpy.load.report import thread_time_s
+from vhostpy.load.runner import thread_time_s
 from vhostpy.load.target import connect, memory_layout
 
 PORTS = 1000

@@ -3,18 +3,13 @@
 The loop itself is `_blk`; this is what happens before, around and after it.
 """
 
-import os
-import threading
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
+from vhostpy.errors import ConfigError, ProtocolError
 from vhostpy.frontend import FrontEnd, Queue
 from vhostpy.load import report
 from vhostpy.load._blk import (
@@ -24,8 +19,8 @@ from vhostpy.load._blk import (
     BlkGenerator,
     BlkPhase,
 )
-from vhostpy.load.report import Sample, sample
-from vhostpy.load.target import asked, connect, first_line, hung_up, memory_layout
+from vhostpy.load.runner import Runner, Sample, seconds_between, shares
+from vhostpy.load.target import asked, connect, handshake, memory_layout, want_offered
 
 SECTOR = 512
 PIECES = 3  # header, data, status
@@ -33,6 +28,13 @@ STALL_S = 10.0
 PROTOCOL_FEATURES = (
     1 << ProtocolFeature.MQ | 1 << ProtocolFeature.REPLY_ACK | 1 << ProtocolFeature.CONFIG
 )
+# What to do where one of these is not offered.
+HINTS = {
+    Feature.RING_PACKED: "--layout split",
+    Feature.IN_ORDER: "leave --in-order",
+    Feature.INDIRECT_DESC: "leave --indirect",
+    Feature.BLK_MQ: "--queues 1",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +94,11 @@ class DiskConfig:
         )
 
 
-def run(plan: BlkPlan, progress: "report.Progress | None" = None) -> dict[str, Any]:
+def run(plan: BlkPlan, progress: report.Progress | None = None) -> dict[str, Any]:
     """Runs the plan; returns its figures. Raises ConfigError, ProtocolError."""
-    with ExitStack() as stack:
-        front_end = stack.enter_context(connect(plan.socket))
-        try:
+    with connect(plan.socket) as front_end:
+        with handshake(plan.socket):
             config, queues = _start(plan, front_end)
-        except ConfigError:
-            raise
-        except (OSError, ProtocolError) as error:
-            raise ConfigError(
-                f"{plan.socket}: the handshake failed: {first_line(error)}",
-                getattr(error, "hint", ""),
-            ) from error
         blocks = _blocks(plan, config)
         generator = BlkGenerator(
             queues,
@@ -116,26 +110,10 @@ def run(plan: BlkPlan, progress: "report.Progress | None" = None) -> dict[str, A
             verify=plan.verify,
             indirect=plan.indirect,
         )
-        failure: list[BaseException] = []
-        thread = threading.Thread(target=_loop, args=(generator, plan.cpu, failure), name="load")
-        thread.start()
-        try:
-            runner = _Runner(plan, front_end, generator, thread, progress or report.Progress())
-            return runner.phases(config, blocks)
-        finally:
-            generator.stop()
-            thread.join()
-            if failure:
-                raise failure[0]
-
-
-def _loop(generator: Any, cpu: int | None, failure: list[BaseException]) -> None:
-    try:
-        if cpu is not None:
-            os.sched_setaffinity(0, {cpu})
-        generator.run()
-    except BaseException as error:
-        failure.append(error)
+        with DiskRunner(
+            generator, (plan.socket,), (front_end,), cpu=plan.cpu, progress=progress
+        ) as runner:
+            return _phases(plan, runner, config, blocks)
 
 
 # Handshake -----------------------------------------------------------------------------
@@ -145,15 +123,7 @@ def _start(plan: BlkPlan, front_end: FrontEnd) -> tuple[DiskConfig, list[tuple[Q
     """Starts the queues: (queue, GPA of headers and the like, GPA of the data) of each."""
     offered, _ = asked(front_end, plan.socket)
     wanted = _wanted(plan)
-    for bit in (Feature.RING_PACKED, Feature.IN_ORDER, Feature.INDIRECT_DESC, Feature.BLK_MQ):
-        if wanted >> bit & 1 and not offered >> bit & 1:
-            hint = {
-                Feature.RING_PACKED: "--layout split",
-                Feature.IN_ORDER: "leave --in-order",
-                Feature.INDIRECT_DESC: "leave --indirect",
-                Feature.BLK_MQ: "--queues 1",
-            }[bit]
-            raise ConfigError(f"{plan.socket}: the back-end does not offer {bit.name}", hint)
+    want_offered(plan.socket, wanted, offered, HINTS)
     if plan.writes and offered >> Feature.BLK_RO & 1:
         raise ConfigError(f"{plan.socket}: the disk is read-only", "--pattern randread or read")
     needed = plan.depth * (1 if plan.indirect else PIECES)
@@ -231,135 +201,93 @@ def _blocks(plan: BlkPlan, config: DiskConfig) -> int:
 # Phases --------------------------------------------------------------------------------
 
 
-class _Runner:
-    """One run of a started generator."""
+class DiskRunner(Runner):
+    """A run on a disk, which has to answer every request."""
 
-    def __init__(
-        self,
-        plan: BlkPlan,
-        front_end: FrontEnd,
-        generator: Any,
-        thread: threading.Thread,
-        progress: "report.Progress",
-    ) -> None:
-        self.plan = plan
-        self.front_end = front_end
-        self.generator = generator
-        self.thread = thread
-        self.progress = progress
-
-    def phases(self, config: DiskConfig, blocks: int) -> dict[str, Any]:
-        """Fills where reads are to be verified, runs, reads back what was written."""
-        plan, generator = self.plan, self.generator
-        if plan.verify and plan.reads == 1:
-            self._whole_pass(BlkPhase.FILL, "written")
-        generator.enter(BlkPhase.RUN)
-        self._wait(plan.warmup_s)
-        generator.forget_latencies()
-        first = previous = sample(self.generator, self.thread)
-        while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
-            self._wait(min(left, 1.0), step=1.0)
-            now = sample(self.generator, self.thread)
-            self.progress.show(partial(self._line, previous, now, now.at_s - first.at_s))
-            previous = now
-        last = sample(self.generator, self.thread)
-        latencies = generator.latencies(False), generator.latencies(True)
-        self._rest()
-        if plan.verify and plan.reads < 1:
-            self._whole_pass(BlkPhase.CHECK, "read back")
-        end = sample(self.generator, self.thread)
-        self.progress.done()
-        per_us = first.ticks["per_us"]
-        return {
-            "kind": "blk",
-            "socket": plan.socket,
-            "seconds": last.at_s - first.at_s,
-            "layout": plan.layout,
-            "queues": plan.queues,
-            "queue_size": plan.queue_size,
-            "pattern": plan.pattern,
-            "block_bytes": plan.block_bytes,
-            "depth": plan.depth,
-            "indirect": plan.indirect,
-            "capacity_bytes": config.capacity_bytes,
-            "span_bytes": blocks * plan.block_bytes,
-            "hugepages": self.front_end.shared.page_bytes > 4096,
-            **self._figures(first, last),
-            # These count from the first request to the last, verification included.
-            "reads": end.total("reads"),
-            "writes": end.total("writes"),
-            "failed_requests": end.total("failed"),
-            "corrupt_requests": end.total("corrupt"),
-            "verified": plan.verify,
-            "kicks": end.total("kicks"),
-            "read_latency_us": report.spread(latencies[0], per_us),
-            "write_latency_us": report.spread(latencies[1], per_us),
-        }
-
-    def _whole_pass(self, phase: int, verb: str) -> None:
-        generator = self.generator
-        generator.enter(phase)
-        # The loop begins anew when it sees the phase.
-        self._wait(0.01)
-        while not self._wait(1.0, lambda: generator.progress >= 1):
-            self.progress.show(lambda: f"{100 * generator.progress:.0f} % {verb}")
-        self._rest()
-
-    def _rest(self) -> None:
-        self.generator.enter(BlkPhase.REST)
-        self._wait(0.01)
-        while not self._wait(STALL_S, lambda: not self.generator.under_way):
-            pass
-
-    def _wait(
-        self, seconds: float, done: Callable[[], bool] = lambda: False, step: float = 0.01
-    ) -> bool:
-        """Until `done`, at most `seconds`; raises where the back-end or the loop has ended."""
-        end = time.monotonic() + seconds
-        while not done():
-            self._want_alive()
-            left = end - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(left, step))
-        return True
-
-    def _want_alive(self) -> None:
-        where = self.plan.socket
-        if self.generator.broken_pair is not None:
-            raise ProtocolError(
-                f"{where}: the back-end gave back a chain that it does not have",
-                "the back-end is at fault: see what it says itself",
-            )
-        if not self.thread.is_alive():
-            raise VhostpyError("the generator ended early")
-        if hung_up([self.front_end]) is not None:
-            raise ProtocolError(
-                f"{where}: the back-end closed the connection", "see what it says itself"
-            )
+    def want_alive(self) -> None:
+        """Raises where the back-end or the loop has ended, or requests are not answered."""
+        super().want_alive()
         under_way = self.generator.under_way
         if under_way and self.generator.silent_s > STALL_S:
             raise ProtocolError(
-                f"{where}: {under_way} requests are not answered, for {STALL_S:g} s",
+                f"{self.sockets[0]}: {under_way} requests are not answered, for {STALL_S:g} s",
                 "is its storage alive? 'vhostpy status' shows a disk of vhostpy",
             )
 
-    def _line(self, a: Sample, b: Sample, elapsed_s: float) -> str:
-        return report.blk_line(self._figures(a, b), elapsed_s)
+    def rest(self) -> None:
+        """Until every request is answered; no new one is made."""
+        self.generator.enter(BlkPhase.REST)
+        self.wait(0.01)
+        while not self.wait(STALL_S, lambda: not self.generator.under_way):
+            pass
 
-    def _figures(self, a: Sample, b: Sample) -> dict[str, Any]:
-        seconds = max(b.at_s - a.at_s, 1e-9)
-        reads = (b.total("reads") - a.total("reads")) / seconds
-        writes = (b.total("writes") - a.total("writes")) / seconds
-        busy = b.ticks["busy"] - a.ticks["busy"]
-        requests = (reads + writes) * seconds
-        return {
-            "kiops": (reads + writes) / 1e3,
-            "read_kiops": reads / 1e3,
-            "write_kiops": writes / 1e3,
-            "mb_s": (reads + writes) * self.plan.block_bytes / 1e6,
-            # Below 1 something else ran on its processor.
-            "generator_cpu_share": (b.ran_s - a.ran_s) / seconds,
-            "generator_busy_share": busy / max(b.ticks["total"] - a.ticks["total"], 1),
-            "generator_cycles_per_request": busy / requests if requests else None,
-        }
+    def whole_pass(self, phase: int, verb: str) -> None:
+        """Until the phase has been over all blocks."""
+        generator = self.generator
+        generator.enter(phase)
+        # The loop begins anew when it sees the phase.
+        self.wait(0.01)
+        while not self.wait(1.0, lambda: generator.progress >= 1):
+            self.progress.show(lambda: f"{100 * generator.progress:.0f} % {verb}")
+        self.rest()
+
+
+def _phases(plan: BlkPlan, runner: DiskRunner, config: DiskConfig, blocks: int) -> dict[str, Any]:
+    """Fills where reads are to be verified, runs, reads back what was written."""
+    generator = runner.generator
+    if plan.verify and plan.reads == 1:
+        runner.whole_pass(BlkPhase.FILL, "written")
+    generator.enter(BlkPhase.RUN)
+    first, last = runner.measure(plan.warmup_s, plan.seconds, partial(_line, plan))
+    latencies = generator.latencies(False), generator.latencies(True)
+    runner.rest()
+    if plan.verify and plan.reads < 1:
+        runner.whole_pass(BlkPhase.CHECK, "read back")
+    end = runner.sample()
+    per_us = first.ticks["per_us"]
+    return {
+        "kind": "blk",
+        "socket": plan.socket,
+        "seconds": last.at_s - first.at_s,
+        "layout": plan.layout,
+        "queues": plan.queues,
+        "queue_size": plan.queue_size,
+        "pattern": plan.pattern,
+        "block_bytes": plan.block_bytes,
+        "depth": plan.depth,
+        "indirect": plan.indirect,
+        "capacity_bytes": config.capacity_bytes,
+        "span_bytes": blocks * plan.block_bytes,
+        "hugepages": runner.hugepages,
+        **_figures(plan, first, last),
+        # These count from the first request to the last, verification included.
+        "reads": end.total("reads"),
+        "writes": end.total("writes"),
+        "failed_requests": end.total("failed"),
+        "corrupt_requests": end.total("corrupt"),
+        "verified": plan.verify,
+        "kicks": end.total("kicks"),
+        "read_latency_us": report.spread(latencies[0], per_us),
+        "write_latency_us": report.spread(latencies[1], per_us),
+    }
+
+
+def _line(plan: BlkPlan, a: Sample, b: Sample, elapsed_s: float) -> str:
+    return report.blk_line(_figures(plan, a, b), elapsed_s)
+
+
+def _figures(plan: BlkPlan, a: Sample, b: Sample) -> dict[str, Any]:
+    """Rates between two moments."""
+    seconds = seconds_between(a, b)
+    reads = b.total("reads") - a.total("reads")
+    writes = b.total("writes") - a.total("writes")
+    busy = b.ticks["busy"] - a.ticks["busy"]
+    requests = reads + writes
+    return {
+        "kiops": requests / seconds / 1e3,
+        "read_kiops": reads / seconds / 1e3,
+        "write_kiops": writes / seconds / 1e3,
+        "mb_s": requests / seconds * plan.block_bytes / 1e6,
+        **shares(a, b),
+        "generator_cycles_per_request": busy / requests if requests else None,
+    }

@@ -3,23 +3,19 @@
 The loop itself is `_net`; this is what happens before, around and after it.
 """
 
-import os
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
+from vhostpy.errors import ConfigError
 from vhostpy.frontend import FrontEnd, Queue
 from vhostpy.load import report
 from vhostpy.load._net import FRAME_MAX, FRAME_MIN, NetGenerator, Phase, Touch
-from vhostpy.load.report import Sample, sample
-from vhostpy.load.target import asked, connect, first_line, hung_up, memory_layout
+from vhostpy.load.runner import Runner, Sample, seconds_between, shares
+from vhostpy.load.target import asked, connect, handshake, memory_layout, want_offered
 
 # The Internet mix: 7 : 4 : 1 of what is 64, 570 and 1518 bytes with its checksum.
 IMIX = (60, 566, 60, 566, 60, 60, 1514, 60, 566, 60, 566, 60)
@@ -29,6 +25,8 @@ TEACH_S = 10.0
 DRAIN_S = 0.1
 FULL_SHARE = 0.9  # of all bursts: from here on the generator is the limit
 PROTOCOL_FEATURES = 1 << ProtocolFeature.MQ | 1 << ProtocolFeature.REPLY_ACK
+# What to do where one of these is not offered.
+HINTS = {Feature.RING_PACKED: "--layout split", Feature.IN_ORDER: "leave --in-order"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,31 +75,13 @@ class NetPlan:
         )
 
 
-@dataclass(slots=True)
-class _Ends:
-    """The started generator and what it stands on."""
-
-    front_ends: list[FrontEnd] = field(default_factory=list)
-    generator: Any = None
-    hugepages: bool = True
-
-
-def run(plan: NetPlan, progress: "report.Progress | None" = None) -> dict[str, Any]:
+def run(plan: NetPlan, progress: report.Progress | None = None) -> dict[str, Any]:
     """Runs the plan; returns its figures. Raises ConfigError, ProtocolError."""
     _check(plan)
     with ExitStack() as stack:
-        ends = _open(plan, stack)
-        generator = ends.generator
-        failure: list[BaseException] = []
-        thread = threading.Thread(target=_loop, args=(generator, plan.cpu, failure), name="load")
-        thread.start()
-        try:
-            return _phases(plan, ends, thread, progress or report.Progress())
-        finally:
-            generator.stop()
-            thread.join()
-            if failure:
-                raise failure[0]
+        generator, front_ends = _open(plan, stack)
+        with Runner(generator, plan.sockets, front_ends, cpu=plan.cpu, progress=progress) as runner:
+            return _phases(plan, runner)
 
 
 def _check(plan: NetPlan) -> None:
@@ -121,39 +101,21 @@ def _check(plan: NetPlan) -> None:
         )
 
 
-def _loop(generator: Any, cpu: int | None, failure: list[BaseException]) -> None:
-    try:
-        if cpu is not None:
-            os.sched_setaffinity(0, {cpu})
-        generator.run()
-    except BaseException as error:
-        failure.append(error)
-
-
 # Handshake -----------------------------------------------------------------------------
 
 
-def _open(plan: NetPlan, stack: ExitStack) -> _Ends:
-    ends = _Ends()
-    pairs = []
+def _open(plan: NetPlan, stack: ExitStack) -> tuple[Any, list[FrontEnd]]:
+    """A generator that is ready, and the front-ends that it stands on."""
+    front_ends, pairs = [], []
     for port, path in enumerate(plan.sockets):
         front_end = stack.enter_context(connect(path))
-        ends.front_ends.append(front_end)
-        try:
+        front_ends.append(front_end)
+        with handshake(path):
             queues = _start(plan, front_end, path)
-        except (OSError, ProtocolError) as error:
-            if isinstance(error, TimeoutError):
-                error = ConfigError("no answer in time")  # type: ignore[assignment]
-            raise ConfigError(
-                f"{path}: the handshake failed: {first_line(error)}", getattr(error, "hint", "")
-            ) from error
-        ends.hugepages &= front_end.shared.page_bytes > 4096
         if plan.active(port):
             sends = port < plan.sending
             pairs += [(*queue, port, plan.peer(port), sends) for queue in queues]
-        else:
-            stack.callback(lambda kept: None, queues)
-    ends.generator = NetGenerator(
+    generator = NetGenerator(
         pairs,
         sizes=plan.sizes,
         touch=plan.touch,
@@ -170,16 +132,14 @@ def _open(plan: NetPlan, stack: ExitStack) -> _Ends:
         rate_pps=plan.rate_pps,
         ports=len(plan.sockets),
     )
-    return ends
+    return generator, front_ends
 
 
 def _start(plan: NetPlan, front_end: FrontEnd, path: str) -> list[tuple[Queue, Queue, int, int]]:
     """Starts a socket's queues: (rx, tx, rx buffers' GPA, tx buffers' GPA) of each pair."""
     offered, _ = asked(front_end, path)
     wanted = _wanted(plan)
-    for bit, flag in ((Feature.RING_PACKED, "--layout split"), (Feature.IN_ORDER, "no in-order")):
-        if wanted >> bit & 1 and not offered >> bit & 1:
-            raise ConfigError(f"{path}: the back-end does not offer {bit.name}", f"use {flag}")
+    want_offered(path, wanted, offered, HINTS)
     needed = HEADER + max(plan.sizes)
     if needed > plan.buffer_bytes and not offered >> Feature.NET_MRG_RXBUF & 1:
         raise ConfigError(
@@ -230,78 +190,38 @@ def _want_queues(plan: NetPlan, front_end: FrontEnd, path: str) -> None:
 # Phases --------------------------------------------------------------------------------
 
 
-def _phases(
-    plan: NetPlan, ends: _Ends, thread: threading.Thread, progress: "report.Progress"
-) -> dict[str, Any]:
-    generator = ends.generator
-
-    def wait(seconds: float, done: Callable[[], bool] = lambda: False, step: float = 0.01) -> bool:
-        """Until `done`, at most `seconds`; raises where the back-end or the loop has ended."""
-        end = time.monotonic() + seconds
-        while not done():
-            _want_alive(plan, ends, thread)
-            left = end - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(left, step))
-        return True
-
+def _phases(plan: NetPlan, runner: Runner) -> dict[str, Any]:
+    generator = runner.generator
     # A learning switch has to know all addresses before the load starts.
     generator.enter(Phase.TEACH)
-    wait(0.02)
-    wait(TEACH_S, lambda: not generator.teaching)
-    _settle(generator, thread, wait)
-    start = sample(generator, thread)
+    runner.wait(0.02)
+    runner.wait(TEACH_S, lambda: not generator.teaching)
+    _settle(runner)
+    start = runner.sample()
     generator.enter(Phase.SEND)
-    wait(plan.warmup_s)
-    generator.forget_latencies()
-    first = previous = sample(generator, thread)
-    while (left := first.at_s + plan.seconds - time.monotonic()) > 0:
-        wait(min(left, 1.0), step=1.0)
-        now = sample(generator, thread)
-        progress.show(partial(_line, previous, now, now.at_s - first.at_s))
-        previous = now
-    last = sample(generator, thread)
+    first, last = runner.measure(plan.warmup_s, plan.seconds, _line)
     latencies = generator.latencies() if plan.latency else None
     generator.enter(Phase.LISTEN)
-    _settle(generator, thread, wait)
-    end = sample(generator, thread)
-    progress.done()
-    return _result(plan, ends, first, last, start, end, latencies)
+    _settle(runner)
+    end = runner.sample()
+    return _result(plan, runner.hugepages, first, last, start, end, latencies)
 
 
 def _line(a: Sample, b: Sample, elapsed_s: float) -> str:
     return report.net_line(figures(a, b), elapsed_s)
 
 
-def _settle(generator: Any, thread: threading.Thread, wait: Callable[..., bool]) -> None:
+def _settle(runner: Runner) -> None:
     """Until nothing arrives any more."""
     before = -1
-    while (count := sample(generator, thread).total("received")) != before:
+    while (count := runner.sample().total("received")) != before:
         before = count
-        wait(DRAIN_S)
-
-
-def _want_alive(plan: NetPlan, ends: _Ends, thread: threading.Thread) -> None:
-    broken = ends.generator.broken_pair
-    if broken is not None:
-        port = ends.generator.counters()[broken]["port"]
-        raise ProtocolError(
-            f"{plan.sockets[port]}: the back-end gave back a chain that it does not have",
-            "the back-end is at fault: its log, and vhostpy check, may tell more",
-        )
-    if not thread.is_alive():
-        raise VhostpyError("the generator ended early")
-    gone = hung_up(ends.front_ends)
-    if gone is not None:
-        raise ProtocolError(
-            f"{plan.sockets[gone]}: the back-end closed the connection", "see what it says itself"
-        )
+        runner.wait(DRAIN_S)
 
 
 def figures(a: Sample, b: Sample) -> dict[str, Any]:
     """Rates between two moments."""
-    seconds = max(b.at_s - a.at_s, 1e-9)
+    seconds = seconds_between(a, b)
 
     def per_second(name: str) -> float:
         return (b.total(name) - a.total(name)) / seconds
@@ -314,9 +234,7 @@ def figures(a: Sample, b: Sample) -> dict[str, Any]:
         "sent_mpps": per_second("sent") / 1e6,
         "received_mpps": per_second("received") / 1e6,
         "received_gbit_s": per_second("received_bytes") * 8 / 1e9,
-        # Below 1 something else ran on its processor.
-        "generator_cpu_share": (b.ran_s - a.ran_s) / seconds,
-        "generator_busy_share": busy / max(b.ticks["total"] - a.ticks["total"], 1),
+        **shares(a, b),
         # Of what bursts could have moved. Near 1 there was always more to do.
         "generator_full_share": packets / room if room else 0.0,
         # A packet is sent and received: both halves of its way together.
@@ -326,7 +244,7 @@ def figures(a: Sample, b: Sample) -> dict[str, Any]:
 
 def _result(
     plan: NetPlan,
-    ends: _Ends,
+    hugepages: bool,
     first: Sample,
     last: Sample,
     start: Sample,
@@ -352,7 +270,7 @@ def _result(
         "touch": Touch(plan.touch).name.lower(),
         "ids": "in-order" if plan.in_order else "fifo" if plan.fifo else "lifo",
         "rx_headers": "dirty" if plan.dirty and plan.touch else "clean",
-        "hugepages": ends.hugepages,
+        "hugepages": hugepages,
         **(rates := figures(first, last)),
         "generator_limited": rates["generator_full_share"] > FULL_SHARE,
         # These count from the first frame to the last, the time before the measured one included.
@@ -371,7 +289,7 @@ def _result(
 
 
 def _port(plan: NetPlan, port: int, first: Sample, last: Sample) -> dict[str, Any]:
-    seconds = max(last.at_s - first.at_s, 1e-9)
+    seconds = seconds_between(first, last)
 
     def rate(name: str) -> float:
         count = sum(

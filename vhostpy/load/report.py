@@ -1,10 +1,7 @@
 """What `load` shows: a line while it runs, a table at the end, and spreads of latencies."""
 
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99_9": 0.999, "p99_99": 0.9999}
@@ -34,33 +31,6 @@ class Progress:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
             self._width = 0
-
-
-def thread_time_s(thread: threading.Thread) -> float:
-    """Processor time of a thread so far."""
-    if thread.ident is None or not thread.is_alive():
-        return 0.0
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-
-
-@dataclass(slots=True)
-class Sample:
-    """A generator's counters at a moment."""
-
-    at_s: float
-    ran_s: float  # processor time of the generator's thread
-    counts: list[dict[str, int]]  # of each queue, or pair of queues
-    ticks: dict[str, float]
-
-    def total(self, name: str) -> int:
-        """Of all of them together."""
-        return sum(count[name] for count in self.counts)
-
-
-def sample(generator: Any, thread: threading.Thread) -> Sample:
-    """What a generator and its thread have done so far."""
-    ran_s = thread_time_s(thread)
-    return Sample(time.monotonic(), ran_s, generator.counters(), generator.ticks())
 
 
 def spread(bins: Sequence[tuple[int, int]], ticks_per_us: float) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import errno
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
@@ -46,6 +47,24 @@ def asked(front_end: FrontEnd, path: str) -> tuple[int, int]:
     except (OSError, ProtocolError) as error:
         hint = "is it a vhost-user socket on which the back-end listens?"
         raise ConfigError(f"{path}: the handshake failed: {first_line(error)}", hint) from None
+
+
+@contextmanager
+def handshake(path: str) -> Iterator[None]:
+    """Raises ConfigError where what is done within fails at the other end."""
+    try:
+        yield
+    except (OSError, ProtocolError) as error:
+        text = "no answer in time" if isinstance(error, TimeoutError) else first_line(error)
+        hint = getattr(error, "hint", "")
+        raise ConfigError(f"{path}: the handshake failed: {text}", hint) from error
+
+
+def want_offered(path: str, wanted: int, offered: int, hints: dict[Feature, str]) -> None:
+    """Raises ConfigError with its hint for the first feature that is wanted in vain."""
+    for bit, hint in hints.items():
+        if wanted >> bit & 1 and not offered >> bit & 1:
+            raise ConfigError(f"{path}: the back-end does not offer {bit.name}", hint)
 
 
 def kind_of(path: str) -> str:
