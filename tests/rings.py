@@ -349,3 +349,14 @@ __all__ = [
     "guest_memory",
     "sizes_of",
 ]
+
+
+def exchange(rings, count=1):
+    """`count` chains go there and back, with one publish; how often the driver was called."""
+    offers = [rings.add([b"x"], []) for _ in range(count)]
+    rings.driver.kick()
+    rings.device.give([(taken, 0) for taken in rings.device.take()])
+    assert len(rings.driver.used()) == count
+    for offer in offers:
+        rings.reclaim(offer)
+    return rings.calls()

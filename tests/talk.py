@@ -33,6 +33,10 @@ PROTOCOL_FEATURES = (
     | 1 << ProtocolFeature.CONFIGURE_MEM_SLOTS
     | 1 << ProtocolFeature.STATUS
 )
+LOG_ALL = 1 << Feature.LOG_ALL
+PLAIN = FEATURES & ~(1 << Feature.PROTOCOL_FEATURES)
+PACKED = FEATURES | 1 << Feature.RING_PACKED
+TOP = 1 << 64
 
 
 class FakeDevice:
@@ -63,6 +67,10 @@ def open_fds() -> set[str]:
 
 def eventfd() -> OwnedFd:
     return OwnedFd(os.eventfd(0))
+
+
+def eventfds(count: int) -> list[OwnedFd]:
+    return [eventfd() for _ in range(count)]
 
 
 def ring_address(index: int, *, uva: int = UVA, log: int = 0, **changes: int) -> VringAddress:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from tests.backends.netguest import BROADCAST, frame, mac
 from tests.hostile.victim import eventually
-from tests.rings import AVAIL, BORDER, DESC, GPA, GUESTS, RING_PACKED, USED
+from tests.rings import AVAIL, BORDER, DESC, GPA, GUESTS, LAYOUTS, RING_PACKED, USED
 from vhostpy._spec import Feature
 from vhostpy.fds import OwnedFd
 from vhostpy.frontend import FrontEnd, Queue
@@ -23,6 +25,9 @@ SIZE = 64
 GOOD = BORDER + 4096  # a buffer of a page
 STATUS = BORDER + 8192
 NEXT, WRITE, INDIRECT = 1, 2, 4
+each_device = pytest.mark.parametrize("kind", ["net", "blk"])
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+QUEUES = {"net": ("bad0", 1), "blk": ("badram", 0)}  # by device: socket, ring
 
 
 def eventfd(value: int = 0, flags: int = os.EFD_NONBLOCK) -> OwnedFd:
@@ -173,3 +178,11 @@ def meanwhile(*works: Callable[[], None]) -> Iterator[None]:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def proves_itself(attacker: Attacker, kind: str) -> None:
+    """What is good still works on the attacker's own ring."""
+    if kind == "net":
+        attacker.send()
+    else:
+        assert attacker.request() == 0

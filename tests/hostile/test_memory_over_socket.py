@@ -18,14 +18,17 @@ from tests.hostile.attacker import (
     GOOD,
     LAYOUT,
     NEXT,
+    QUEUES,
     SIZE,
     STATUS,
     WRITE,
     Attacker,
+    each_device,
+    each_layout,
     meanwhile,
+    proves_itself,
 )
-from tests.hostile.test_memory import huge_pages
-from tests.hostile.test_over_socket import QUEUES, each_device, each_layout, proves_itself
+from tests.hostile.pages import huge_pages
 from tests.hostile.victim import eventually
 from tests.rings import AVAIL, DESC, END, GPA, TABLES, USED
 from vhostpy._spec import Feature

@@ -2,7 +2,7 @@
 
 Each attack goes to a RAM disk over a real socket, beside an innocent front-end of the same
 process that writes and verifies blocks all the while. The names are those of the bugs that
-shipped elsewhere. `tests/vhostpy/test_session.py` has the same faults without a socket.
+shipped elsewhere. `tests/vhostpy/handlers/` has the same faults without a socket.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError, Refused, VhostpyError
 from vhostpy.fds import OwnedFd
-from vhostpy.frontend import UVA_BASE, FrontEnd
+from vhostpy.frontend import FrontEnd
 from vhostpy.payloads import (
     U64,
     Config,
@@ -38,6 +38,7 @@ from vhostpy.payloads import (
 from vhostpy.protocol import Decoder, Header, encode
 from vhostpy.protocol import FrontEndRequest as R
 from vhostpy.server import Server
+from vhostpy.sharedmemory import UVA_BASE
 from vhostpy.worker import Workers
 
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.EVENT_IDX

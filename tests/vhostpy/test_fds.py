@@ -1,10 +1,8 @@
-"""Closing what strangers sent: it may hang, and holds nobody up.
-
-How fds travel with messages is in test_protocol.py.
-"""
+"""Files that come with messages: who owns them, and that closing one may hang."""
 
 import contextlib
 import os
+import socket
 import tempfile
 import threading
 
@@ -13,15 +11,17 @@ import pytest
 from tests.hanging import fuse_file, lingering_socket
 from tests.hostile.victim import eventually
 from tests.serving import serving
+from tests.talk import eventfds, open_fds
 from vhostpy import fds
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
-from vhostpy.fds import FDS_MAX, HUNG_MAX, Closer, OwnedFd
+from vhostpy.fds import FDS_MAX, HUNG_MAX, Closer, OwnedFd, receive, send
 from vhostpy.frontend import FrontEnd
 from vhostpy.mapping import Mapping
+from vhostpy.payloads import VringFile, VringState
+from vhostpy.protocol import Decoder, encode
 from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.protocol import encode
 from vhostpy.server import Server
 from vhostpy.worker import Workers
 
@@ -171,3 +171,78 @@ def test_a_file_on_fuse_is_refused_and_closed_without_its_servers_help(closer, t
         assert not closing.is_alive()
         assert closer.hung == 1
     eventually(lambda: not closer.hung)
+
+
+# How they travel, and whose they are --------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with a, b:
+        yield a, b
+
+
+def test_fds_cross_a_socket_and_are_closed_on_exec(pair):
+    here, there = pair
+    with eventfds(1)[0] as fd:
+        assert send(here, b"abc", [fd]) == 3
+        data, (got,) = receive(there, 100)
+        assert data == b"abc"
+        assert got.fileno() != fd.fileno()
+        assert not os.get_inheritable(got.fileno())
+        os.eventfd_write(got.fileno(), 7)
+        assert os.eventfd_read(fd.fileno()) == 7
+        got.close()
+
+
+def test_more_fds_than_any_message_has_are_an_error_and_all_closed(pair):
+    here, there = pair
+    before = open_fds()
+    fds = eventfds(FDS_MAX + 1)
+    send(here, b"x", fds)
+    for fd in fds:
+        fd.close()
+    with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
+        receive(there, 100)
+    assert open_fds() == before
+
+
+def test_fds_belong_to_the_last_message_of_what_the_kernel_hands_out(pair):
+    here, there = pair
+    fds = eventfds(1)
+    send(here, encode(R.SET_VRING_NUM, VringState(0, 256)))
+    send(here, encode(R.SET_VRING_KICK, VringFile(0, True)), fds)
+    send(here, encode(R.GET_FEATURES))
+    decoder = Decoder()
+    messages = decoder.feed(*receive(there, 65536))
+    assert [(m.request, len(m.fds)) for m in messages] == [
+        (R.SET_VRING_NUM, 0),
+        (R.SET_VRING_KICK, 1),
+    ]
+    messages += decoder.feed(*receive(there, 65536))
+    assert messages[2].request == R.GET_FEATURES
+    for message in messages:
+        message.close()
+    fds[0].close()
+
+
+def test_owned_fd_has_one_owner():
+    fd = eventfds(1)[0]
+    number = fd.fileno()
+    moved = fd.move()
+    assert fd.closed
+    with pytest.raises(ValueError, match="taken or closed"):
+        fd.fileno()
+    fd.close()
+    assert moved.fileno() == number
+    with moved:
+        os.eventfd_write(number, 1)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.eventfd_write(number, 1)
+
+
+def test_forgotten_owned_fd_is_closed():
+    before = open_fds()
+    eventfds(3)
+    assert open_fds() == before

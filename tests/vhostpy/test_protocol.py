@@ -1,17 +1,12 @@
-"""The codec: one table of cases drives both ends, fed whole, byte by byte and with a tail."""
+"""The codec: one table of cases drives both ends, however the bytes are cut."""
 
-import gc
-import os
-import socket
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.talk import eventfd, open_fds
-from vhostpy.errors import ProtocolError
-from vhostpy.fds import FDS_MAX, OwnedFd, receive, send
+from tests.talk import eventfds
 from vhostpy.payloads import (
     U64,
     Config,
@@ -35,7 +30,6 @@ from vhostpy.payloads import (
 )
 from vhostpy.protocol import (
     BACK_END_TABLE,
-    FLAG_NEED_REPLY,
     FLAG_REPLY,
     FRONT_END_TABLE,
     REPLIES_TO_BACK_END,
@@ -223,22 +217,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_garbage():
-    """Files that earlier modules left in garbage would go at any time."""
-    gc.collect()
-
-
-@pytest.fixture(autouse=True)
-def no_fd_leaks(no_garbage):
-    """Fails where a test leaves another set of open files than it found."""
-    before = open_fds()
-    yield
-    assert open_fds() == before
-
-
-def pipes(count: int) -> list[OwnedFd]:
-    return [eventfd() for _ in range(count)]
+pytestmark = pytest.mark.usefixtures("no_fd_leaks")
 
 
 def check(case: Case, messages, fds) -> None:
@@ -267,39 +246,24 @@ def test_message_is_encoded_as_the_document_lays_it_out(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_message_fed_whole_is_decoded(case):
-    decoder, fds = Decoder(case.direction), pipes(case.fds)
+def test_message_is_decoded_at_its_last_byte_however_it_is_cut(case):
+    decoder, fds = Decoder(case.direction), eventfds(case.fds)
     check(case, decoder.feed(case.wire, fds), fds)
     assert decoder.idle
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_message_fed_byte_by_byte_is_decoded_at_its_last_byte(case):
-    decoder, fds = Decoder(case.direction), pipes(case.fds)
-    messages = []
+    fds, messages = eventfds(case.fds), []
     for i, byte in enumerate(case.wire):
         assert not messages
         messages = decoder.feed(bytes([byte]), fds if i == 0 else ())
     check(case, messages, fds)
     assert decoder.idle
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_message_with_a_tail_is_decoded_and_the_tail_is_kept(case):
-    decoder, fds = Decoder(case.direction), pipes(case.fds)
-    # Bytes with fds come in a read of their own: the tail is what the next one brings.
-    check(case, decoder.feed(case.wire, fds), fds)
-    fds = pipes(case.fds)
+    # With a tail. Bytes with fds come in a read of their own: the tail is what the next brings.
+    fds = eventfds(case.fds)
     assert decoder.feed(case.wire[:7], fds) == []
     assert not decoder.idle
     assert decoder.wanted == Header.LAYOUT.size - 7
     check(case, decoder.feed(case.wire[7:]), fds)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_messages_in_one_read_come_in_order_and_fds_go_to_the_last(case):
-    first = Case(case.direction, *_plain(case.direction))
-    decoder, fds = Decoder(case.direction), pipes(case.fds)
+    # Behind others in one read: they come in order, and fds go to the last.
+    first, fds = Case(case.direction, *_plain(case.direction)), eventfds(case.fds)
     messages = decoder.feed(first.wire + first.wire + case.wire, fds)
     assert [m.request for m in messages] == [first.request, first.request, case.request]
     assert [len(m.fds) for m in messages] == [0, 0, case.fds]
@@ -321,149 +285,6 @@ def test_wanted_never_passes_the_end_of_a_message():
         wire = wire[sizes[-1] :]
     assert sizes == [12, 8, 12]
     assert [m.request for m in messages] == [R.SET_VRING_NUM, R.GET_FEATURES]
-
-
-# Faults --------------------------------------------------------------------------------
-
-ONE = encode(R.SET_LOG_FD)
-NUM = encode(R.SET_VRING_NUM, VringState(0, 256))
-
-
-def header(request, size, flags=VERSION) -> bytes:
-    return Header(request, flags, size).pack()
-
-
-FAULTS = {
-    "version 0": (header(R.GET_FEATURES, 0, flags=0), 0, "version 0"),
-    "version 2": (header(R.GET_FEATURES, 0, flags=2), 0, "version 2"),
-    "a reserved flag": (header(R.GET_FEATURES, 0, flags=VERSION | 16), 0, "flags 0x11"),
-    "a reply": (header(R.GET_FEATURES, 0, flags=VERSION | FLAG_REPLY), 0, "expected a request"),
-    "4 GiB of payload": (header(R.SET_FEATURES, 0xFFFFFFFF), 0, "4294967295 bytes, expected 8"),
-    "a payload where none is": (header(R.GET_FEATURES, 8), 0, "8 bytes, expected 0"),
-    "a payload cut short": (header(R.SET_VRING_ADDR, 39), 0, "39 bytes, expected 40"),
-    "an unknown request too large": (header(99, 4097), 0, "4097 bytes, expected 0 to 4096"),
-    "an empty table cut short": (header(R.SET_MEM_TABLE, 4), 0, "4 bytes, expected 8 to 264"),
-    "9 regions": (header(R.SET_MEM_TABLE, 8 + 9 * 32), 8, "296 bytes"),
-    "a count beyond the bytes": (
-        header(R.SET_MEM_TABLE, 40) + MemoryTable((REGION,) * 2).pack()[:40],
-        2,
-        "2 memory regions in 40 bytes, expected 72",
-    ),
-    "a count of 2**32 - 1": (
-        header(R.SET_MEM_TABLE, 40) + b"\xff" * 40,
-        1,
-        "4294967295 memory regions, at most 8",
-    ),
-    "a config size that lies": (
-        header(R.SET_CONFIG, 16) + bytes.fromhex("00000000 ff000000 00000000 aabbccdd"),
-        0,
-        "size says 255 bytes, 4 came",
-    ),
-    "an inflight of 22 bytes": (header(R.SET_INFLIGHT_FD, 22) + bytes(22), 1, "expected 20 or 24"),
-    "an fd where none is": (NUM, 1, "SET_VRING_NUM: 1 fds, expected 0"),
-    "8 fds where none is": (encode(R.GET_FEATURES), 8, "GET_FEATURES: 8 fds, expected 0"),
-    "no fd where one is": (ONE, 0, "SET_LOG_FD: 0 fds, expected 1"),
-    "two fds for one": (ONE, 2, "SET_LOG_FD: 2 fds, expected 1"),
-    "an fd in spite of bit 8": (
-        encode(R.SET_VRING_KICK, VringFile(0, False)),
-        1,
-        "SET_VRING_KICK: 1 fds, expected 0",
-    ),
-    "no fd in spite of bit 8": (
-        encode(R.SET_VRING_CALL, VringFile(0, True)),
-        0,
-        "0 fds, expected 1",
-    ),
-    "fewer fds than regions": (
-        encode(R.SET_MEM_TABLE, MemoryTable((REGION, REGION))),
-        1,
-        "1 fds, expected 2",
-    ),
-    "more fds than regions": (encode(R.SET_MEM_TABLE, MemoryTable((REGION,))), 3, "expected 1"),
-    "two fds with REM_MEM_REG": (encode(R.REM_MEM_REG, SingleRegion(REGION)), 2, "0 to 1"),
-}
-
-
-@pytest.mark.parametrize(("wire", "fd_count", "text"), FAULTS.values(), ids=FAULTS.keys())
-@pytest.mark.parametrize("bytewise", [False, True], ids=["whole", "bytewise"])
-def test_wrong_form_is_an_error_that_says_so_and_closes_every_fd(wire, fd_count, text, bytewise):
-    decoder, fds = Decoder(), pipes(fd_count)
-    with pytest.raises(ProtocolError) as caught:
-        if bytewise:
-            for i in range(len(wire)):
-                decoder.feed(wire[i : i + 1], () if i else fds)
-        else:
-            decoder.feed(wire, fds)
-    assert text in str(caught.value)
-    assert all(fd.closed for fd in fds)
-
-
-def test_size_is_refused_from_the_header_before_a_byte_of_payload_is_kept():
-    decoder = Decoder()
-    with pytest.raises(ProtocolError, match="payload of 1048576 bytes"):
-        decoder.feed(header(R.SET_MEM_TABLE, 1 << 20))
-
-
-def test_an_error_also_closes_the_fds_of_messages_decoded_with_it():
-    decoder, fds = Decoder(), pipes(1)
-    assert decoder.feed(ONE[:5], fds) == []
-    with pytest.raises(ProtocolError, match="version 0"):
-        decoder.feed(ONE[5:] + bytes(12))
-    assert fds[0].closed
-
-
-def test_fds_that_come_with_the_payload_are_refused():
-    decoder, fds = Decoder(), pipes(1)
-    wire = encode(R.SET_VRING_KICK, VringFile(0, True))
-    assert decoder.feed(wire[:12]) == []
-    with pytest.raises(ProtocolError, match="SET_VRING_KICK: 1 fds came after its header"):
-        decoder.feed(wire[12:], fds)
-    assert fds[0].closed
-
-
-def test_half_a_message_is_closed_with_its_fds():
-    decoder, fds = Decoder(), pipes(8)
-    assert decoder.feed(header(R.SET_MEM_TABLE, 264), fds) == []
-    assert not decoder.idle
-    decoder.close()
-    assert all(fd.closed for fd in fds)
-    assert decoder.idle
-
-
-def test_rejected_direction_of_replies():
-    with pytest.raises(ProtocolError, match="expected a reply"):
-        Decoder(REPLIES_TO_FRONT_END).feed(encode(R.GET_FEATURES))
-
-
-def test_need_reply_is_told():
-    (message,) = Decoder().feed(encode(R.SET_FEATURES, U64(1), need_reply=True))
-    assert message.need_reply
-    assert encode(R.SET_FEATURES, U64(1), need_reply=True)[4] == VERSION | FLAG_NEED_REPLY
-
-
-# Headers that look right, so that the fuzz gets past them.
-headers = st.builds(
-    header, st.integers(0, 50), st.sampled_from([0, 8, 16, 40, 4096, 4097]), st.sampled_from([1, 9])
-)
-
-
-@given(st.lists(st.one_of(headers, st.binary(max_size=60))).map(b"".join))
-def test_any_bytes_give_what_they_encode_or_a_protocol_error(data):
-    decoder = Decoder()
-    messages = []
-    try:
-        for i in range(0, len(data), 5):
-            messages += decoder.feed(data[i : i + 5])
-    except ProtocolError:
-        pass
-    else:
-        assert 0 < decoder.wanted <= 4096
-    sent = b"".join(
-        header(m.request, len(m.payload.pack()), 1 + 8 * m.need_reply) for m in messages
-    )
-    assert len(sent) <= len(data)
-    for message in messages:
-        assert type(message.payload).unpack(message.payload.pack()) == message.payload
 
 
 # decode(encode(x)) == x ------------------------------------------------------------------
@@ -514,7 +335,7 @@ def test_what_is_encoded_decodes_to_the_same_however_it_is_cut(message, data):
     kind = next(p for p in payloads if p.sizes()[0] <= size <= p.sizes()[1])
     wire = encode(request, payload, need_reply=need_reply, reply=direction.is_reply)
     cut = data.draw(st.integers(0, len(wire)))
-    decoder, fds = Decoder(direction), pipes(fd_count)
+    decoder, fds = Decoder(direction), eventfds(fd_count)
     messages = decoder.feed(wire[:cut], fds) + decoder.feed(wire[cut:])
     (got,) = messages
     assert got.request == request
@@ -522,78 +343,3 @@ def test_what_is_encoded_decodes_to_the_same_however_it_is_cut(message, data):
     assert list(got.fds) == fds
     assert got.payload == (payload if kind is type(payload) else kind.unpack(payload.pack()))
     got.close()
-
-
-# File descriptors ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pair():
-    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with a, b:
-        yield a, b
-
-
-def test_fds_cross_a_socket_and_are_closed_on_exec(pair):
-    here, there = pair
-    with pipes(1)[0] as fd:
-        assert send(here, b"abc", [fd]) == 3
-        data, (got,) = receive(there, 100)
-        assert data == b"abc"
-        assert got.fileno() != fd.fileno()
-        assert not os.get_inheritable(got.fileno())
-        os.eventfd_write(got.fileno(), 7)
-        assert os.eventfd_read(fd.fileno()) == 7
-        got.close()
-
-
-def test_more_fds_than_any_message_has_are_an_error_and_all_closed(pair):
-    here, there = pair
-    before = open_fds()
-    fds = pipes(FDS_MAX + 1)
-    send(here, b"x", fds)
-    for fd in fds:
-        fd.close()
-    with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
-        receive(there, 100)
-    assert open_fds() == before
-
-
-def test_fds_belong_to_the_last_message_of_what_the_kernel_hands_out(pair):
-    here, there = pair
-    fds = pipes(1)
-    send(here, NUM)
-    send(here, encode(R.SET_VRING_KICK, VringFile(0, True)), fds)
-    send(here, encode(R.GET_FEATURES))
-    decoder = Decoder()
-    messages = decoder.feed(*receive(there, 65536))
-    assert [(m.request, len(m.fds)) for m in messages] == [
-        (R.SET_VRING_NUM, 0),
-        (R.SET_VRING_KICK, 1),
-    ]
-    messages += decoder.feed(*receive(there, 65536))
-    assert messages[2].request == R.GET_FEATURES
-    for message in messages:
-        message.close()
-    fds[0].close()
-
-
-def test_owned_fd_has_one_owner():
-    fd = pipes(1)[0]
-    number = fd.fileno()
-    moved = fd.move()
-    assert fd.closed
-    with pytest.raises(ValueError, match="taken or closed"):
-        fd.fileno()
-    fd.close()
-    assert moved.fileno() == number
-    with moved:
-        os.eventfd_write(number, 1)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.eventfd_write(number, 1)
-
-
-def test_forgotten_owned_fd_is_closed():
-    before = open_fds()
-    pipes(3)
-    assert open_fds() == before

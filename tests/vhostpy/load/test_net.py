@@ -1,67 +1,24 @@
-"""The generators, against devices that behave and devices that do not."""
+"""Packets, through devices that behave and devices that do not."""
 
 import contextlib
-import gc
 import socket
 import threading
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.serving import serving
-from tests.talk import open_fds
-from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.backends.disk import Disk
-from vhostpy.backends.netdevice import NetDevice
-from vhostpy.backends.storage.file import FileStorage
-from vhostpy.backends.storage.ram import RamStorage
+from tests.vhostpy.load.short import send
+from vhostpy._spec import Feature
 from vhostpy.errors import ConfigError, ProtocolError
-from vhostpy.load import blk, net, report
-from vhostpy.load._net import FRAME_MAX, Touch, binned, mac
+from vhostpy.load import net, report
+from vhostpy.load._net import FRAME_MAX, Touch, mac
 from vhostpy.load._null import NullNet
-from vhostpy.load.target import kind_of
 from vhostpy.server import Server
-from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 LAYOUTS = ("split", "packed")
-MIB = 1 << 20
 
-
-@pytest.fixture
-def workers():
-    workers = Workers(1)
-    workers.start()
-    yield workers
-    workers.stop()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leaves_no_garbage():
-    """Servers and their loops are cycles; what they hold must not fall to other tests."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture
-def switch(workers, tmp_path):
-    """Sockets of three ports of a switch, and the switch."""
-    switch = Switch(workers)
-    servers = [
-        Server(NetDevice(f"p{i}", switch, pairs=2), path=str(tmp_path / f"p{i}")) for i in range(3)
-    ]
-    with serving(*servers):
-        yield tuple(server.path for server in servers), switch
-
-
-def send(sockets, **plan):
-    plan = {"seconds": 0.2, "warmup_s": 0.05, "queue_size": 256} | plan
-    return net.run(net.NetPlan(tuple(sockets), **plan))
-
-
-# Packets -------------------------------------------------------------------------------
+# Devices that behave --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [{}, {"fifo": True}, {"in_order": True}], ids=str)
@@ -356,184 +313,3 @@ def test_a_back_end_that_hangs_up_ends_the_load(courier):
     with pytest.raises(ProtocolError, match="closed the connection"):
         send([courier.path], seconds=20)
     hanging.join()
-
-
-# Disks -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(workers, tmp_path):
-    with serving(
-        server := Server(
-            Disk("vb0", RamStorage(4 * MIB), workers, queues=4), path=str(tmp_path / "vb0")
-        )
-    ):
-        yield server.path
-
-
-def request(path, **plan):
-    return blk.run(blk.BlkPlan(path, **{"seconds": 0.2, "warmup_s": 0.05, "depth": 8} | plan))
-
-
-@pytest.mark.parametrize("pattern", ["randread", "randwrite", "read", "write", "mix"])
-@pytest.mark.parametrize("indirect", [False, True])
-@pytest.mark.parametrize("queues", [1, 4])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_written_is_read_back(disk, pattern, indirect, queues, layout):
-    plan = {"indirect": indirect, "queues": queues, "layout": layout}
-    result = request(disk, pattern=pattern, verify=True, **plan)
-    assert result["kiops"] > 0 and report.wrong(result) == ""
-    # Whatever the pattern, verification reads, and writes.
-    assert result["reads"] > 0 and result["writes"] > 0
-    assert (result["read_kiops"] > 0) == ("read" in pattern or pattern == "mix")
-    assert (result["write_kiops"] > 0) == ("write" in pattern or pattern == "mix")
-
-
-@pytest.mark.parametrize("block_bytes", [512, 4096, 131072])
-def test_requests_of_any_size_are_verified(disk, block_bytes):
-    result = request(disk, pattern="mix", verify=True, block_bytes=block_bytes)
-    assert report.wrong(result) == "" and result["reads"] > 0
-
-
-def test_reads_alone_write_nothing(workers, tmp_path):
-    image = tmp_path / "image"
-    image.write_bytes(b"\x5a" * MIB)
-    storage = FileStorage(str(image))
-    with serving(server := Server(Disk("d", storage, workers), path=str(tmp_path / "d"))):
-        assert request(server.path)["writes"] == 0
-    storage.close()
-    assert image.read_bytes() == b"\x5a" * MIB
-
-
-def test_a_span_is_kept(workers, tmp_path):
-    image = tmp_path / "image"
-    image.write_bytes(bytes(MIB))
-    storage = FileStorage(str(image))
-    with serving(server := Server(Disk("d", storage, workers), path=str(tmp_path / "d"))):
-        request(server.path, pattern="randwrite", span_bytes=MIB // 2)
-    storage.close()
-    data = image.read_bytes()
-    assert not any(data[MIB // 2 :]) and any(data[: MIB // 2])
-
-
-def test_contents_that_change_behind_our_back_are_found(workers, tmp_path):
-    image = tmp_path / "image"
-    image.write_bytes(bytes(MIB))
-    storage = FileStorage(str(image))
-
-    class Vandal:
-        def show(self, text):
-            with image.open("r+b") as file:
-                file.seek(MIB // 2 + 700)
-                file.write(b"x")
-
-        def done(self):
-            pass
-
-    plan = {"block_bytes": 64 << 10, "verify": True, "seconds": 1.3, "warmup_s": 0.05}
-    with serving(server := Server(Disk("d", storage, workers), path=str(tmp_path / "d"))):
-        result = blk.run(blk.BlkPlan(server.path, **plan), Vandal())
-    storage.close()
-    assert result["corrupt_requests"] > 0
-    assert report.wrong(result) == f"{result['corrupt_requests']} corrupt requests"
-
-
-def test_requests_that_fail_are_counted(workers, tmp_path):
-    image = tmp_path / "image"
-    image.write_bytes(bytes(MIB))
-    storage = FileStorage(str(image))
-    with serving(server := Server(Disk("d", storage, workers), path=str(tmp_path / "d"))):
-        image.open("r+b").truncate(MIB // 2)
-        result = request(server.path)
-    storage.close()
-    assert result["failed_requests"] > 0 and result["reads"] > 0
-    assert report.wrong(result)
-
-
-def test_a_read_only_disk_is_not_written_to(workers, tmp_path):
-    storage = RamStorage(MIB)
-    device = Disk("d", storage, workers, read_only=True)
-    with serving(server := Server(device, path=str(tmp_path / "d"))):
-        assert request(server.path)["reads"] > 0
-        for plan in ({"pattern": "write"}, {"verify": True}):
-            with pytest.raises(ConfigError, match="read-only"):
-                request(server.path, **plan)
-
-
-@pytest.mark.parametrize(
-    ("plan", "text", "hint"),
-    [
-        ({"depth": 400}, "400 requests need 1200 descriptors", "--depth 341"),
-        ({"block_bytes": 700}, "requests of 700 bytes", "--block-size 512"),
-        ({"block_bytes": 8 * MIB}, "the disk has 4194304 bytes", "a smaller --block-size"),
-        ({"span_bytes": 8 * MIB}, "a span of 8388608 bytes", "a smaller --span"),
-        ({"queues": 5}, "the disk has 4 queues", "--queues 4"),
-        ({"in_order": True}, "IN_ORDER", "leave --in-order"),
-    ],
-)
-def test_what_a_disk_cannot_do_is_told(disk, plan, text, hint):
-    with pytest.raises(ConfigError, match=text) as caught:
-        request(disk, **plan)
-    assert hint in caught.value.hint
-
-
-# Both --------------------------------------------------------------------------------------
-
-
-def test_the_type_is_found_out(disk, switch):
-    sockets, _ = switch
-    assert kind_of(disk) == "blk"
-    assert kind_of(sockets[0]) == "net"
-
-
-def settled_fds():
-    """How many are open once the servers have noticed that their front-ends are gone."""
-    counts = [len(open_fds())]
-    while len(counts) < 30 or len(set(counts[-20:])) > 1:
-        time.sleep(0.02)
-        counts.append(len(open_fds()))
-    return counts[-1]
-
-
-def test_nothing_is_left_open(disk, switch):
-    sockets, _ = switch
-    send(sockets[:2], seconds=0.05)
-    request(disk, seconds=0.05)
-    before = settled_fds()
-    send(sockets[:2], seconds=0.05)
-    request(disk, seconds=0.05)
-    assert settled_fds() == before
-
-
-def test_sockets_that_lead_nowhere_are_told(tmp_path):
-    with pytest.raises(ConfigError, match="No such file") as caught:
-        kind_of(str(tmp_path / "none"))
-    assert "start the back-end" in caught.value.hint
-
-
-@given(st.integers(0, 2**64 - 1))
-def test_the_histogram_is_within_three_percent(value):
-    assert abs(binned(value) - value) <= value / 32
-
-
-def test_spreads_are_read_off_the_histogram():
-    spread = report.spread([(100, 50), (200, 49), (1000, 1)], 10.0)
-    assert spread == {
-        "count": 100, "min": 10.0, "p50": 10.0, "p90": 20.0, "p99": 20.0, "p99_9": 100.0,
-        "p99_99": 100.0, "max": 100.0, "mean": pytest.approx(15.8),
-    }  # fmt: skip
-    assert report.spread([], 10.0)["p50"] is None
-
-
-def test_addresses_of_all_ports_and_flows_differ():
-    seen = {mac(port, flow) for port in (0, 1, 255, 256) for flow in (0, 1, 255, 256, 65535)}
-    assert len(seen) == 20
-    assert all(address[0] == 0x02 and len(address) == 6 for address in seen)
-
-
-def test_unused_protocol_bits_are_not_asked_for():
-    # CONFIGURE_MEM_SLOTS or LOG_SHMFD would change how memory is shared.
-    asked = net.PROTOCOL_FEATURES | blk.PROTOCOL_FEATURES
-    assert asked == sum(1 << bit for bit in (
-        ProtocolFeature.MQ, ProtocolFeature.REPLY_ACK, ProtocolFeature.CONFIG,
-    ))  # fmt: skip

@@ -1,0 +1,70 @@
+"""Status: where the handshake stands, and what it waits for."""
+
+from tests.talk import FEATURES, LOG_ALL, PROTOCOL_FEATURES, REGION, eventfd
+from vhostpy.payloads import U64, Log, VringState
+from vhostpy.protocol import FrontEndRequest as R
+
+
+def test_status_says_at_each_step_what_it_waits_for(fresh):
+    seen = []
+
+    def look():
+        status = fresh.session.status()
+        seen.append((status["handshake"], status["waits_for"].split(";")[0]))
+
+    look()
+    fresh.say(R.GET_FEATURES)
+    look()
+    fresh.say(R.SET_PROTOCOL_FEATURES, U64(PROTOCOL_FEATURES))
+    fresh.say(R.SET_FEATURES, U64(FEATURES))
+    look()
+    fresh.table(REGION)
+    look()
+    fresh.num(1)
+    look()
+    fresh.kick(1)
+    look()
+    fresh.address(1)
+    look()
+    fresh.say(R.SET_VRING_ENABLE, VringState(1, 1))
+    look()
+    assert seen == [
+        ("connected", "waiting for the first message"),
+        ("negotiating", "waiting for SET_FEATURES"),
+        ("negotiated", "waiting for SET_MEM_TABLE"),
+        ("memory shared", "waiting for SET_VRING_KICK"),
+        ("memory shared", "ring 1: waits for a kick fd (SET_VRING_KICK)"),
+        ("memory shared", "ring 1: waits for its addresses (SET_VRING_ADDR)"),
+        ("ready: rings 1 run", "rings 1: wait for SET_VRING_ENABLE"),
+        ("ready: rings 1 run", ""),
+    ]
+
+
+def test_status_of_a_session_without_memory_names_share_on(fresh):
+    fresh.negotiate()
+    fresh.start()
+    status = fresh.session.status()
+    assert "share=on" in status["waits_for"]
+    assert "share=on" in status["rings"][0]["waits_for"]
+
+
+def test_status_has_the_facts(talk):
+    talk.start(1)
+    talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
+    talk.say(R.SET_FEATURES, U64(FEATURES | LOG_ALL))
+    status = talk.session.status()
+    assert status["features"] == ["LOG_ALL", "EVENT_IDX", "PROTOCOL_FEATURES", "VERSION_1"]
+    assert "CONFIG" in status["protocol_features"]
+    assert (status["memory_regions"], status["memory_size_bytes"]) == (2, 5 << 20)
+    assert status["dirty_log"]
+    assert status["rings"] == [
+        {
+            "index": 1,
+            "state": "started",
+            "enabled": False,
+            "size": 256,
+            "base": 0,
+            "poll": False,
+            "waits_for": "",
+        }
+    ]
