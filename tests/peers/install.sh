@@ -4,7 +4,7 @@
 #   tests/peers/install.sh build   compiler, Python headers, .venv with the Python packages
 #   tests/peers/install.sh demo    ... and QEMU 10 with a Linux kernel for guests
 #   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both; libnbd
-#                                  and a server for it
+#                                  and a server for it; DPDK's testpmd
 #   tests/peers/install.sh ceph    what build needs, librbd and a Ceph to test against
 #
 # System packages come by apt (with sudo where the caller is not root). The newer peers are
@@ -42,6 +42,7 @@ missing_packages() {
         command -v qemu-storage-daemon >/dev/null || echo qemu-system-common qemu-utils
         [ -e /usr/include/libnbd.h ] || echo libnbd-dev
         command -v nbdkit >/dev/null || echo nbdkit
+        command -v dpdk-testpmd >/dev/null || echo dpdk-dev
     fi
     if [ "$1" = ceph ]; then
         [ -e /usr/include/rbd/librbd.h ] || echo librbd-dev

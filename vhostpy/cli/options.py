@@ -245,7 +245,8 @@ def add_process_flags(parser: Parser, *, queues: int, queues_limit: int, many: b
     )  # fmt: skip
     parser.add_argument(
         "--control", metavar="PATH", type=socket_path, action=Once,
-        help="control socket (default: NAME.sock below $XDG_RUNTIME_DIR/vhostpy or /run/vhostpy)",
+        help="control socket (default: NAME.sock below $XDG_RUNTIME_DIR/vhostpy, /run/vhostpy "
+        "or /tmp/vhostpy-UID, the first that can be)",
     )  # fmt: skip
     parser.add_argument(
         "--print-capabilities", action="store_true",

@@ -1,0 +1,79 @@
+"""Front-ends of different makers in turn on one running switch: DPDK's virtio-user, and ours."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.peers.devices import Interactive
+from tests.hostile.victim import eventually
+from tests.peers.backend import Backend, Footprint
+from vhostpy.load import net, report
+from vhostpy.load._net import Touch
+
+MACS = "02:00:00:00:00:01", "02:00:00:00:00:02"
+ANONYMOUS_SLACK_KIB = 2048  # Python's heap breathes
+
+
+def ours(sockets: list[str], layout: str) -> None:
+    """Every byte of what passes is checked."""
+    plan = net.NetPlan(
+        tuple(sockets), seconds=0.2, warmup_s=0.05, layout=layout, touch=Touch.FRAME, verify=True
+    )
+    result = net.run(plan)
+    assert result["received_packets"] > 1000 and report.wrong(result) == ""
+
+
+def dpdk(sockets: list[str], layout: str) -> None:
+    """Packets that each port sends on to the other, round and round."""
+    memory = ["--no-huge"]  # a memfd then
+    for number, (path, mac) in enumerate(zip(sockets, MACS, strict=True)):
+        device = f"net_virtio_user{number},path={path},mac={mac},queue_size=256"
+        memory += ["--vdev", device + (",packed_vq=1" if layout == "packed" else "")]
+    testpmd = Interactive(0, "vhostpy-turns", memory, [])
+
+    def received() -> list[int]:
+        text = testpmd.command("show port stats all")
+        return [int(count) for count in re.findall(r"RX-packets:\s+(\d+)", text)]
+
+    try:
+        testpmd.command(f"set eth-peer 0 {MACS[1]}")
+        testpmd.command(f"set eth-peer 1 {MACS[0]}")
+        testpmd.command("set fwd mac")
+        testpmd.command("start tx_first 2")
+        eventually(lambda: min(received()) > 10_000, "traffic both ways")
+        testpmd.command("stop")
+    finally:
+        testpmd.close()
+
+
+TURNS: list[tuple[Callable[[list[str], str], None], str]] = [
+    (ours, "split"), (dpdk, "split"), (ours, "packed"), (dpdk, "packed"), (dpdk, "split"),
+    (ours, "split"),
+]  # fmt: skip
+
+
+def test_front_ends_of_all_makers_and_layouts_follow_each_other_on_one_switch(directory: Path):
+    sockets = [str(directory / "turn0"), str(directory / "turn1")]
+    arguments = [word for path in sockets for word in ("--socket", path)]
+    with Backend("net", *arguments, directory=directory) as backend:
+
+        def is_quiet() -> bool:
+            return not any(s["connected"] for s in backend.status()["sockets"])
+
+        before: Footprint | None = None
+        for front_end, layout in TURNS:
+            front_end(sockets, layout)
+            eventually(is_quiet, "a front-end that is gone")
+            backend.check()
+            before = before or backend.footprint()
+        after = backend.footprint()
+        assert (after.fds, after.threads, after.mappings) == (
+            before.fds, before.threads, before.mappings,
+        )  # fmt: skip
+        assert after.anonymous_kib < before.anonymous_kib + ANONYMOUS_SLACK_KIB
+        for port in json.loads(backend.ask("stats", "--json"))["ports"]:
+            assert sum(queue["from_guest_packets"] for queue in port["queues"]) > 10_000
+            for queue in port["queues"]:
+                assert not any(queue["chain_faults"].values()), queue
+                assert not any(queue["buffer_faults"].values()), queue
