@@ -33,8 +33,5 @@ cdef class NetPort(Port):
     cdef void give_up(self, Pair *pair, int count) noexcept nogil
     cdef int nothing_more(self, Pair *pair, int count) noexcept nogil
     cdef int pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil
-    cdef void write(self, Pair *pair, const Frame *frame, int chains) noexcept nogil
-    cdef void log(self, Pair *pair, int chains) noexcept nogil
-    cdef dict pair_counters(self, int index)
     cdef int choose_receivers(self) except -1
     cdef int checked(self, index) except -1

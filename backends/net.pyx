@@ -19,11 +19,11 @@ from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, P
                             QueueCounters)
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
-from vhostpy.backends._copy cimport (LINES_AHEAD, Cursor, copy_rest, copy_to, fetch, gather,
-                                     lines_of, store_header, take_snapshot)
+from vhostpy.backends._copy cimport (LINES_AHEAD, copy_rest, fetch, gather, lines_of,
+                                     store_header, take_snapshot)
+from vhostpy.backends._spread cimport log_spread, spread
+from vhostpy.backends.netcounters cimport counters_of, drop_name
 from vhostpy.memory cimport Segment
-
-from vhostpy import _port, _ring
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -312,9 +312,10 @@ cdef class NetPort(Port):
                 return 0
             pair.received.drops[REFUSED - chains] += 1
             return 1
-        self.write(pair, frame, chains)
+        spread(frame, self.header_size, &pair.chains[pair.next], &pair.written[pair.next], chains)
         if unlikely(pair.logging):
-            self.log(pair, chains)
+            log_spread(<Virtqueue>pair.rx, &pair.chains[pair.next], &pair.written[pair.next],
+                       chains)
         pair.next += chains
         pair.received.to_guest_packets += 1
         pair.received.to_guest_bytes += frame.length
@@ -388,54 +389,6 @@ cdef class NetPort(Port):
                 prefetch_read(first_buffer(&chain[i]))
         return count
 
-    cdef void write(self, Pair *pair, const Frame *frame, int chains) noexcept nogil:
-        """Any frame, to any number of chains with any number of pieces."""
-        cdef uint8_t header[12]
-        cdef Cursor cursor
-        cdef uint32_t left = self.header_size + frame.length
-        cdef uint32_t skip = min(frame.length, <uint32_t>SNAPSHOT)
-        cdef uint32_t rest = frame.length - skip, step
-        cdef const Segment *segment = frame.segments
-        cdef int i
-        cursor.chain = &pair.chains[pair.next]
-        cursor.segment = cursor.chain.readable
-        cursor.offset = 0
-        memset(header, 0, sizeof(header))
-        store_header(header, &frame.header, self.header_size == 12, <uint16_t>chains)
-        copy_to(&cursor, header, self.header_size)
-        # The snapshot, not what its bytes have become in the sender's memory.
-        copy_to(&cursor, frame.head, skip)
-        while rest:
-            if skip < segment.length:
-                step = min(segment.length - skip, rest)
-                copy_to(&cursor, segment.hva + skip, step)
-                rest -= step
-                skip = 0
-            else:
-                skip -= segment.length
-            segment += 1
-        for i in range(chains):
-            step = min(left, pair.chains[pair.next + i].writable_bytes)
-            pair.written[pair.next + i] = step
-            left -= step
-
-    cdef void log(self, Pair *pair, int chains) noexcept nogil:
-        """Tells the dirty log what was written, to the byte."""
-        cdef Chain *chain
-        cdef Segment segment
-        cdef uint32_t left
-        cdef int i, j
-        for i in range(chains):
-            chain = &pair.chains[pair.next + i]
-            left = pair.written[pair.next + i]
-            for j in range(<int>chain.readable, <int>chain.readable + <int>chain.writable):
-                if left == 0:
-                    break
-                segment = chain.segments[j]
-                segment.length = min(segment.length, left)
-                left -= segment.length
-                (<Virtqueue>pair.rx).log_written(&segment, 1)
-
     # Counters -----------------------------------------------------------------------
 
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:
@@ -452,22 +405,8 @@ cdef class NetPort(Port):
 
     def counters(self) -> list[dict]:
         """One dictionary for each queue pair."""
-        return [self.pair_counters(i) for i in range(self.pair_limit)]
-
-    cdef dict pair_counters(self, int index):
-        cdef Pair *pair = &self.pairs[index]
-        cdef QueueCounters *sent = &pair.sent
-        cdef QueueCounters *received = &pair.received
-        return {
-            "index": index,
-            "from_guest_packets": sent.from_guest_packets,
-            "from_guest_bytes": sent.from_guest_bytes,
-            "to_guest_packets": received.to_guest_packets,
-            "to_guest_bytes": received.to_guest_bytes,
-            "drops": {name: sent.drops[i] + received.drops[i] for i, name in DROP_NAMES},
-            "chain_faults": {name: sent.chain_faults[i] for i, name in FAULT_NAMES},
-            "buffer_faults": {name: received.chain_faults[i] for i, name in FAULT_NAMES},
-        }
+        return [{"index": i, **counters_of(&self.pairs[i].sent, &self.pairs[i].received)}
+                for i in range(self.pair_limit)]
 
     # Control ------------------------------------------------------------------------
 
@@ -586,17 +525,6 @@ cdef class NetPort(Port):
 cdef object frame_of(const Frame *frame):
     cdef int i
     if frame.fault:
-        return DROP_NAMES[frame.fault - 1][1]
+        return drop_name(frame.fault - 1)
     return b"".join([(<char *>frame.segments[i].hva)[:frame.segments[i].length]
                      for i in range(frame.count)])
-
-
-def names_of(kinds, prefix: str) -> list[tuple[int, str]]:
-    """(number, name) of an enum's members as `status` calls them."""
-    return [(int(kind), kind.name.removeprefix(prefix).lower())
-            for kind in kinds if kind.name.startswith(prefix)]
-
-
-DROP_NAMES = names_of(_port.Drop, "DROP_")
-FAULT_NAMES = [pair for pair in names_of(_ring.ChainFault, "CHAIN_") if 0 < pair[0] < 8
-               and pair[1] != "faults"]

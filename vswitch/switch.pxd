@@ -7,20 +7,8 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from vhostpy._port cimport Frame, Port
 from vhostpy._ring cimport BURST, Scratch
 from vhostpy.worker cimport Pollable, Turn, Workers
+from vhostpy.vswitch._table cimport Place, PortTable
 from vhostpy.vswitch.fdb cimport Address, ForwardingTable
-
-cdef struct Place:
-    void *port             # borrowed Port; `Switch.attached` keeps it alive; NULL: a hole
-    uint64_t full_since    # ticks() since when it has taken nothing; 0: it takes. A hint:
-    #                        all workers write it, and a lost write costs one short wait
-
-cdef struct PortTable:
-    # Its ports do not change once it is published; freed after every worker has passed
-    # a quiescent point.
-    int count              # indexes 0..count-1
-    int attached           # that are no holes
-    Place places[1]
-
 
 @cython.final
 cdef class Switch:

@@ -14,7 +14,7 @@ flooded and delivered in the same burst, and the flooded ones are the older.
 """
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memset
 
 from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_u64,
@@ -22,17 +22,14 @@ from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_
 from vhostpy._port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
+from vhostpy.vswitch._masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
+from vhostpy.vswitch._table cimport new_table
 from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key
 from vhostpy.vswitch.injector cimport Injector
 from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn, Workers
 
 from vhostpy.errors import ConfigError
 from vhostpy.vswitch.injector import rarp_frame
-
-cdef extern from *:
-    int lowest_bit "__builtin_ctzll" (uint64_t) nogil
-    int leading_zeros "__builtin_clzll" (uint64_t) nogil
-    int bits_of "__builtin_popcountll" (uint64_t) nogil
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -46,16 +43,6 @@ cdef enum:
     SCATTERED = 8          # frames of a burst that the last burst's destination did not serve
 
 cdef uint64_t ONE = 1
-
-
-cdef inline uint64_t bits_below(int count) noexcept nogil:
-    return ~<uint64_t>0 if count >= 64 else (ONE << count) - 1
-
-
-cdef inline uint64_t shifted(uint64_t mask, int count) noexcept nogil:
-    return 0 if count >= 64 else mask >> count
-
-
 cdef double tick_rate = 0     # ticks a microsecond
 
 
@@ -540,19 +527,3 @@ cdef class Switch:
     def injector(self, Port port not None) -> Forwarder:
         """The one of the port's announcements."""
         return self.injectors[self.index_of(port)]
-
-
-cdef PortTable *new_table(dict attached, const PortTable *old) except NULL:
-    """`old` hands on which ports were full."""
-    cdef int count = max(attached, default=-1) + 1
-    cdef PortTable *table = <PortTable *>calloc(1, sizeof(PortTable) + count * sizeof(Place))
-    cdef int index
-    if table == NULL:
-        raise MemoryError("port table")
-    table.count = count
-    table.attached = len(attached)
-    for index, port in attached.items():
-        table.places[index].port = <void *>port
-        if old != NULL and index < old.count and old.places[index].port == <void *>port:
-            table.places[index].full_since = old.places[index].full_since
-    return table
