@@ -1,15 +1,23 @@
-"""Front-ends of different makers in turn on one running switch: DPDK's virtio-user, and ours."""
+"""Front-ends of different makers in turn on one running switch: DPDK's virtio-user, QEMU, ours."""
 
 import json
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from bench.peers.devices import Interactive
 from tests.hostile.victim import eventually
+from tests.peers import traffic
 from tests.peers.backend import Backend, Footprint
+from tests.peers.guest import Guest, boot
+from tests.peers.qemu import Nic, qemu10
 from vhostpy.load import net, report
 from vhostpy.load._net import Touch
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
 
 MACS = "02:00:00:00:00:01", "02:00:00:00:00:02"
 ANONYMOUS_SLACK_KIB = 2048  # Python's heap breathes
@@ -47,9 +55,28 @@ def dpdk(sockets: list[str], layout: str) -> None:
         testpmd.close()
 
 
+def qemu(sockets: list[str], layout: str) -> None:
+    """Two Linux guests that ping each other."""
+    with ExitStack() as stack:
+        guests = [
+            Guest(
+                name, Path(path).parent / f"{name}-{layout}", qemu=qemu10(), memory_mib=512,
+                nics=[Nic(Path(path), mac, packed=layout == "packed")],
+            )
+            for name, path, mac in zip("ab", sockets, MACS, strict=True)
+        ]  # fmt: skip
+        for guest in guests:
+            stack.callback(guest.close)
+        boot(*guests)
+        for number, guest in enumerate(guests, 1):
+            guest.set_address(f"10.0.0.{number}/24")
+        pinged = traffic.ping(guests[0], "10.0.0.2", count=20)
+        assert pinged.received == pinged.sent, pinged.output
+
+
 TURNS: list[tuple[Callable[[list[str], str], None], str]] = [
-    (ours, "split"), (dpdk, "split"), (ours, "packed"), (dpdk, "packed"), (dpdk, "split"),
-    (ours, "split"),
+    (ours, "split"), (dpdk, "split"), (qemu, "packed"), (dpdk, "packed"), (ours, "packed"),
+    (dpdk, "split"),
 ]  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""Sessions to talk to; a test that takes one must close every file that it opens."""
+"""Sessions to talk to, whose tests must close every file that they open; and workers."""
 
 import gc
 
 import pytest
 
 from tests.talk import Talk, open_fds, ready
+from vhostpy.worker import Workers
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,12 @@ def talk(no_fd_leaks):
     talk = ready()
     yield talk
     talk.session.close()
+
+
+@pytest.fixture
+def workers():
+    """One that runs, and with it the watchdog."""
+    workers = Workers()
+    workers.start()
+    yield workers
+    workers.stop()

@@ -28,19 +28,10 @@ from vhostpy.protocol import FrontEndRequest as R
 from vhostpy.protocol import encode
 from vhostpy.server import Server
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 RINGS = 4
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.BLK_FLUSH | 1 << Feature.BLK_CONFIG_WCE
 LOG_ALL = 1 << Feature.LOG_ALL
-
-
-@pytest.fixture
-def workers():
-    workers = Workers()
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture

@@ -22,14 +22,6 @@ def fd():
     os.close(fd)
 
 
-@pytest.fixture
-def workers():
-    workers = Workers()
-    workers.start()  # the watchdog is there from now on
-    yield workers
-    workers.stop()
-
-
 def within(limit_s, work):
     """Runs it on a thread, so that a test that hangs ends."""
     thread = threading.Thread(target=work, daemon=True)

@@ -17,15 +17,6 @@ from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.frontend import FrontEnd
 from vhostpy.protocol import FrontEndRequest, encode
 from vhostpy.server import Server
-from vhostpy.worker import Workers
-
-
-@pytest.fixture
-def workers():
-    workers = Workers()
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture

@@ -10,17 +10,8 @@ from vhostpy.backends.netdevice import NetDevice
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.server import Server
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def workers():
-    workers = Workers(1)
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
