@@ -3,7 +3,8 @@
 Order of stores: a chain is marked, with its number, before it is worked on; chains given
 back are linked before used.idx moves, and unmarked behind it. So a kill between any two
 stores leaves either a chain that is marked and will be done again, or one that the driver
-has.
+has. Marks come in the avail ring's order and go, where chains are put back, from its end:
+the count of them says where the ring goes on.
 
 Source: vhost-user, "Inflight I/O tracking" ("For split virtqueue"). The region is shared
 with the front-end: recovery checks what it reads.
@@ -44,7 +45,8 @@ cdef void split_track_take(Tracker *tracker, const Chain *chains, int count) noe
 
 cdef void split_track_rewind(Tracker *tracker, const Chain *chains, int count) noexcept nogil:
     cdef int i
-    for i in range(count):
+    # The youngest first: what recovery counts as taken must have no gap.
+    for i in range(count - 1, -1, -1):
         store_release_u16(entry_of(tracker, chains[i].id) + INFLIGHT, 0)
 
 
@@ -99,8 +101,7 @@ cdef list split_recover(Tracker *tracker, Ring *ring):
             found.append((read_once_u64(entry + COUNTER), i))
     found.sort()
     tracker.counter = (found[len(found) - 1][0] + 1) & 0xffffffffffffffff if found else 0
-    # What the killed one had taken is what it had given back and what is marked. (Where
-    # nothing is, the front-end says where to go on.)
-    if found:
-        ring.worker.last_avail = ring.worker.avail_idx = <uint16_t>(used_idx + len(found))
+    # What the killed one had taken is what it had given back and what is marked, whatever
+    # a front-end remembers of a ring that it could not ask any more.
+    ring.worker.last_avail = ring.worker.avail_idx = <uint16_t>(used_idx + len(found))
     return [id_ for _, id_ in found]

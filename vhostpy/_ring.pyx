@@ -7,7 +7,7 @@ The other end is hostile: whatever lies in shared memory is read once, checked, 
 the copy is used.
 """
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -425,14 +425,16 @@ cdef class Virtqueue:
             scratch_free(&scratch)
 
     def put_back(self, chains) -> None:
-        """Un-takes the youngest chains, which these are."""
-        cdef Chain chain
-        if len(chains) > self.inflight:
-            raise ValueError(f"{len(chains)} chains to put back, {self.inflight} are out")
-        memset(&chain, 0, sizeof(chain))
-        for taken in chains:
-            chain.id, chain.slots, chain.entry = taken.id, taken.slots, taken.entry
-            self.rewind(&chain, 1)
+        """Un-takes the youngest chains, which these are, oldest first."""
+        cdef Chain burst[BURST]
+        cdef int count = len(chains), i
+        if count > min(self.inflight, <int64_t>BURST):
+            raise ValueError(f"{count} chains to put back, {self.inflight} are out")
+        memset(burst, 0, sizeof(burst))
+        for i in range(count):
+            burst[i].id, burst[i].slots = chains[i].id, chains[i].slots
+            burst[i].entry = chains[i].entry
+        self.rewind(burst, count)
 
     def give(self, items, *, bint publish=True) -> None:
         """Gives chains back: (taken, bytes written) pairs."""
