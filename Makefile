@@ -67,7 +67,7 @@ annotate:       ## Cython's HTML beside each module: a hot function is white
 
 clean:          ## removes what was built
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	@find vhostpy/ backends vswitch bench \( -name '*.c' -o -name '*.so' -o -name '*.html' \) -delete
+	@find vhostpy/ backends vswitch bench tests \( -name '*.c' -o -name '*.so' -o -name '*.html' \) -delete
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	@rm -f .venv/.built
 

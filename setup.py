@@ -2,7 +2,7 @@
 
 VHOSTPY_ONLY=pattern builds just the modules whose path contains it,
 VHOSTPY_DEBUG=1 turns Cython's checks and the sanitizers on, VHOSTPY_BENCH=1 builds what
-bench/ needs too (never installed).
+bench/ and tests/ need too (never installed).
 """
 
 import glob
@@ -68,7 +68,7 @@ def extensions():
     """One extension for each .pyx below vhostpy/, found through the two symlinks."""
     patterns = ["vhostpy/**/*.pyx"]
     if os.environ.get("VHOSTPY_BENCH") == "1":
-        patterns.append("bench/*.pyx")
+        patterns += ["bench/*.pyx", "tests/*.pyx"]
     found = [path for pattern in patterns for path in glob.glob(pattern, recursive=True)]
     sources = sorted(path for path in found if ONLY in path)
     return [
