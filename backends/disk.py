@@ -24,6 +24,7 @@ log = logging.getLogger("vhostpy")
 SECTOR = 512
 PHYSICAL_BLOCK = 4096  # what file systems below and SSDs like to be written in
 WRITEBACK_OFFSET = 32
+WRITE_BACK, WRITE_THROUGH = 1, 2  # notes
 QUEUES_MAX = 256
 SERIAL_BYTES = 20
 
@@ -160,10 +161,19 @@ class Disk:
         self._writeback = bool(data[0])
         self._choose_write_through()
 
+    def note(self) -> int:
+        return WRITE_BACK if self._writeback else WRITE_THROUGH
+
+    def recall(self, note: int) -> None:
+        if note not in (WRITE_BACK, WRITE_THROUGH):
+            raise ProtocolError(f"{self.name}: inflight: note {note}, expected 1 or 2")
+        self._writeback = note == WRITE_BACK
+        self._choose_write_through()
+
     # A session's life ------------------------------------------------------------------
 
     def opened(self) -> None:
-        """The guest's choice of write-back or not outlives a reconnect: QEMU does not repeat it."""
+        """The guest's choice of write-back or not stays: QEMU does not repeat it."""
 
     def closed(self) -> None:
         self._features = 0

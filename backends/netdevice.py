@@ -85,6 +85,12 @@ class NetDevice:
             "a net device's config space is the front-end's"
         )
 
+    def note(self) -> int:
+        return 1  # a driver can set nothing
+
+    def recall(self, note: int) -> None:
+        pass
+
     def opened(self) -> None:
         """A front-end has connected."""
         self.connected = True

@@ -2,8 +2,9 @@
 
 The front-end keeps that memory and hands it over again with each connection. What lies in
 a queue's region, and in which order it is stored, is known to `_inflight_split` and
-`_inflight_packed`; here is where regions lie, and how chains that were under way come
-again. The memory is shared with the front-end, so what is read from it is checked.
+`_inflight_packed`; here is where regions lie, how chains that were under way come again,
+and a note that a device leaves for its next life. The memory is shared with the front-end,
+so what is read from it is checked.
 
 Source: vhost-user, "Inflight I/O tracking".
 """
@@ -11,7 +12,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from vhostpy._chain cimport DESCRIPTOR_SIZE
-from vhostpy._hw cimport read_once_u16, store_release_u16, write_once_u16, write_once_u64
+from vhostpy._hw cimport (
+    read_once_u16, read_once_u64, store_release_u16, write_once_u16, write_once_u64,
+)
 from vhostpy._inflight_packed cimport (
     PACKED_ENTRY, PACKED_HEADER, packed_put_again, packed_recover, packed_track_begin,
 )
@@ -29,6 +32,11 @@ cdef enum:
     # A front-end asks for the queue size that it offers, and a guest's firmware may take
     # more: SeaBIOS takes 256 of QEMU's 128. This is what QEMU lets it take.
     QUEUE_SIZE_USUAL = 1024
+    # Behind the regions of all queues: one word, so that a kill finds it old or new. Less
+    # than ALIGNMENT, so it moves no region, whoever made the memory.
+    NOTE_BYTES = 8
+
+NOTE_MARK = int.from_bytes(b"vhostpy", "big") << 8      # and the note in the last byte
 
 
 def region_bytes(queue_size: int) -> int:
@@ -38,7 +46,7 @@ def region_bytes(queue_size: int) -> int:
 
 def area_bytes(num_queues: int, queue_size: int) -> int:
     """What to give a front-end that asks for so many queues of that size."""
-    return num_queues * region_bytes(max(queue_size, QUEUE_SIZE_USUAL))
+    return num_queues * region_bytes(max(queue_size, QUEUE_SIZE_USUAL)) + NOTE_BYTES
 
 
 def align(size: int) -> int:
@@ -66,11 +74,41 @@ class InflightArea:
         """It was truncated: its session is to be ended."""
         return self.mapping.poisoned
 
+    @property
+    def note(self) -> int:
+        """What a device of ours left for its next life, 1 to 255; 0: nothing."""
+        word = self._note_word() or 0
+        return word & 0xff if word & ~0xff == NOTE_MARK else 0
+
+    @note.setter
+    def note(self, value: int) -> None:
+        # What another back-end may have put there stays.
+        if self._note_word() == 0 or self.note:
+            write_word(self.mapping, self._note_at, NOTE_MARK | value)
+
+    @property
+    def _note_at(self) -> int:
+        return self.num_queues * self.region_bytes
+
+    def _note_word(self) -> int | None:
+        """None: there is no room for it."""
+        if self.mapping.size - self._note_at < NOTE_BYTES:
+            return None
+        return read_word(self.mapping, self._note_at)
+
     def queue(self, index: int) -> InflightQueue:
         """The region of one queue."""
         if not 0 <= index < self.num_queues:
             raise ValueError(f"queue {index} of {self.num_queues}")
         return InflightQueue(self.mapping, index * self.region_bytes, self.region_bytes)
+
+
+cdef uint64_t read_word(Mapping mapping, uint64_t offset):
+    return read_once_u64(mapping.data + offset)
+
+
+cdef write_word(Mapping mapping, uint64_t offset, uint64_t value):
+    write_once_u64(mapping.data + offset, value)
 
 
 cdef class InflightQueue:

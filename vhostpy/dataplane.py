@@ -76,7 +76,9 @@ class DataPlane:
                 self._set_log(fd, offset, size)
             case e.SetInflight(fd, offset, size, num_queues, queue_size):
                 with fd:
-                    self.inflight = InflightArea(fd.fileno(), offset, size, num_queues, queue_size)
+                    self._set_inflight(
+                        InflightArea(fd.fileno(), offset, size, num_queues, queue_size)
+                    )
             case e.StartRing(index):
                 self._start_ring(index)
             case e.EnableRing(index, enabled):
@@ -105,6 +107,8 @@ class DataPlane:
                 self.device.send_rarp(mac)
             case e.WriteConfig(offset, data):
                 self.device.write_config(offset, data)
+                if self.inflight is not None:
+                    self.inflight.note = self.device.note()
             case e.SetStatus():
                 pass
             case e.ResetDevice():
@@ -177,6 +181,14 @@ class DataPlane:
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, seals)
         return fd
+
+    def _set_inflight(self, area: InflightArea) -> None:
+        # What a driver set once, no front-end sets again after a kill.
+        if area.note:
+            self.device.recall(area.note)
+        else:
+            area.note = self.device.note()
+        self.inflight = area
 
     # Memory ------------------------------------------------------------------------
 

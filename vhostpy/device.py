@@ -33,6 +33,15 @@ class Device(Protocol):
     def write_config(self, offset: int, data: bytes) -> None:
         """Raises ProtocolError where that is read-only or out of range."""
 
+    def note(self) -> int:
+        """What the driver has set in the config space, as a number from 1 to 255.
+
+        The front-end keeps it, with the memory of requests under way, beyond a kill.
+        """
+
+    def recall(self, note: int) -> None:
+        """Sets it again. The note was in shared memory: raises ProtocolError for others."""
+
     def opened(self) -> None:
         """A front-end has connected."""
 

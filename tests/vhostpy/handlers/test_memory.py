@@ -204,10 +204,10 @@ def remembering(no_fd_leaks):
 
 def test_inflight_memory_is_made_to_measure_and_given_away(remembering):
     (effect,) = remembering.say(R.GET_INFLIGHT_FD, Inflight(0, 0, 4, 128))
-    assert effect == MakeInflight(4 * 32832, 4, 128)  # for 1024 each, which a guest may take
+    assert effect == MakeInflight(4 * 32832 + 8, 4, 128)  # 1024 each, which a guest may take
     fd = eventfd()
     (reply,) = remembering.session.inflight_made(effect, fd)
-    assert Inflight.unpack(reply.payload) == Inflight(4 * 32832, 0, 4, 128)
+    assert Inflight.unpack(reply.payload) == Inflight(4 * 32832 + 8, 0, 4, 128)
     assert reply.fds == (fd,)
     fd.close()
 
