@@ -59,6 +59,8 @@ class DataPlane:
         self.backend_channel: OwnedFd | None = None
         # fds that a ring may still use after what should have replaced them was refused.
         self.leftovers: list[OwnedFd] = []
+        # What close() could not end, in words.
+        self.hung: list[str] = []
 
     async def carry_out(self, effect: e.Effect) -> None:
         """Does what `effect` says. StopRing has a result: see `stop_ring`."""
@@ -148,7 +150,7 @@ class DataPlane:
                     signal_once(err.fileno())
 
     async def close(self) -> None:
-        """Ends it all. Memory that a request still uses stays mapped for ever, and is logged."""
+        """Ends it all. Memory that a request still uses stays mapped until it has ended."""
         indexes = list(self.rings)
         drained = await asyncio.gather(
             *(self.device.ring_drain(index, DRAIN_DEADLINE_S) for index in indexes),
@@ -160,7 +162,7 @@ class DataPlane:
         for index, done in zip(indexes, drained, strict=True):
             self._take_down(index)
             if done is not True:
-                log.error("%s", done or self._hung(index))
+                self.hung.append(str(done or self._hung(index)))
         self.device.closed()
         for fd in (self.backend_channel, *self.leftovers):
             _close(fd)
@@ -168,11 +170,8 @@ class DataPlane:
         self.memory = self.log = self.inflight = None
         for memory in self.retired:
             if memory.in_use:
-                log.error(
-                    "%s: requests still use guest memory; %d bytes stay mapped",
-                    self.device.name,
-                    sum(region.size for region in memory.regions),
-                )
+                size = sum(region.size for region in memory.regions)
+                self.hung.append(f"requests still use guest memory; {size} bytes stay mapped")
 
     def make_inflight(self, effect: e.MakeInflight) -> OwnedFd:
         """Zeroed memory, for the front-end to keep: nothing of it stays here."""
@@ -354,8 +353,7 @@ class DataPlane:
 
     def _hung(self, index: int) -> GuestError:
         return GuestError(
-            f"{self.device.name}: ring {index}: requests still under way after "
-            f"{DRAIN_DEADLINE_S:g} s",
+            f"ring {index}: requests still under way after {DRAIN_DEADLINE_S:g} s",
             "see whether the storage answers; the front-end has to connect again",
         )
 

@@ -13,7 +13,8 @@ import os
 import socket
 import stat
 import weakref
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
 from vhostpy import fds
@@ -33,6 +34,12 @@ SEND_TIMEOUT_S = 10.0
 # A new front-end waits so long for the old one's session to be cleared away.
 HANDOVER_S = 2.0
 RECONNECT_MS = 50
+# What ended sessions does so no more, once one has lasted for so long.
+SETTLED_S = 1.0
+# Until then each error is said so often, and so many different ones: a front-end can make up
+# as many as it likes.
+REPEATS = 1
+CAUSES_MAX = 16
 # How long to wait when the process has no file descriptors left.
 SHORTAGE_S = 0.1
 
@@ -62,6 +69,7 @@ class Server:
         self.group = group
         self.connection: Connection | None = None
         self.sessions = 0
+        self.failures = Failures(device.name)
         self._task: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
 
@@ -171,19 +179,51 @@ class Server:
         sock.setblocking(False)
         self.sessions += 1
         self.connection = connection = Connection(self.device, sock)
-        log.info("%s: front-end connected", self.device.name)
+        if not self.failures:
+            log.info("%s: front-end connected", self.device.name)
         try:
-            await connection.run()
+            await connection.run(self.failures.over)
+            self.failures.over()
             log.info("%s: front-end disconnected", self.device.name)
-        except VhostpyError as error:
-            log.error("%s: session ended: %s", self.device.name, error)
-        except OSError as error:
-            log.error("%s: session ended: %s", self.device.name, error)
+        except (VhostpyError, OSError) as error:
+            self.failures.add(f"session ended: {error}")
         except Exception:
             # A defect of ours costs one session, not the port.
             log.exception("%s: session ended by an internal error", self.device.name)
         finally:
+            for text in connection.plane.hung:
+                self.failures.add(text)
             self.connection = None
+
+
+class Failures:
+    """What ends sessions: a front-end that tries ten times a second hears it each time, the
+    operator once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._said: Counter[str] = Counter()
+        self._unsaid = 0
+
+    def __bool__(self) -> bool:
+        """Whether some were said that are not over."""
+        return bool(self._said)
+
+    def add(self, text: str) -> None:
+        if self._said[text] >= REPEATS or len(self._said) > CAUSES_MAX:
+            self._unsaid += 1
+        else:
+            self._said[text] += 1
+            log.error("%s: %s", self.name, text)
+
+    def over(self) -> None:
+        """A session lasts, or ended well."""
+        if self._said:
+            log.info(
+                "%s: works again; the errors before came %d more times", self.name, self._unsaid
+            )
+        self._said.clear()
+        self._unsaid = 0
 
 
 class Connection:
@@ -199,10 +239,14 @@ class Connection:
         self.plane = DataPlane(device, self.session)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self) -> None:
-        """Serves until the front-end goes; raises what ended the session otherwise."""
+    async def run(self, settled: Callable[[], None]) -> None:
+        """Serves until the front-end goes; raises what ended the session otherwise.
+
+        `settled` is called once it has lasted for a while.
+        """
         self.device.opened()
         Connection.open.add(self)
+        lasting = asyncio.get_running_loop().call_later(SETTLED_S, settled)
         reading = asyncio.ensure_future(self._read())
         try:
             await asyncio.wait([reading, self._failure], return_when=asyncio.FIRST_COMPLETED)
@@ -210,6 +254,7 @@ class Connection:
                 self._failure.result()
             await reading
         finally:
+            lasting.cancel()  # closing may take long
             try:
                 await _whole(self._close(reading))
             finally:

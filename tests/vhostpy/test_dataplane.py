@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import struct
 from collections import Counter
@@ -14,6 +15,7 @@ from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import open_fds
 from vhostpy import dataplane
+from vhostpy import server as server_module
 from vhostpy._spec import Feature
 from vhostpy.backends.disk import WRITEBACK_OFFSET, Disk
 from vhostpy.backends.netdevice import NetDevice
@@ -310,9 +312,12 @@ def test_memory_that_we_make_for_requests_under_way_cannot_be_truncated(disk, pa
 
 
 def test_requests_that_hang_are_not_done_again_before_they_have_ended(
-    hung_disk, gate, path, monkeypatch
+    hung_disk, gate, path, monkeypatch, caplog
 ):
+    """And the operator hears of each cause once, however often the front-end tries."""
     monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
+    monkeypatch.setattr(server_module, "SETTLED_S", 0.05)
+    caplog.set_level(logging.INFO, "vhostpy")
     server = Server(hung_disk, path=path)
     with serving(server), FrontEnd(path) as guest:
         guest.negotiate(FEATURES, EVERYTHING)
@@ -323,14 +328,19 @@ def test_requests_that_hang_are_not_done_again_before_they_have_ended(
         assert hung_disk.status()["queues"][0]["inflight"] == 1
         guest.send_raw(encode(R.GET_VRING_BASE, VringState(0, 0)))
         assert guest.hung_up()
-        with contextlib.suppress(ConnectionError, Refused):
-            guest.connect_again(path)
-        assert guest.hung_up()
+        for _ in range(5):
+            with contextlib.suppress(ConnectionError, Refused):
+                guest.connect_again(path)
+            assert guest.hung_up()
         gate.open()
         eventually(lambda: not hung_disk.status()["hung_requests"])
         guest.connect_again(path)
         for queue in guest.queues.values():
             assert len(queue.wait_used()) == 1
+        eventually(lambda: "works again" in caplog.text)
+        for text in ("front-end connected", "ring 0: 1 requests would be done again",
+                     "the errors before came 4 more times"):
+            assert caplog.text.count(text) == 1, caplog.text
 
 
 # Between sessions --------------------------------------------------------------------------
