@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,11 @@ from tests.backends.guest import IN, IOERR, OK, OUT, eventually
 from tests.backends.test_blk import Machine
 from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from tests.ceph.cluster import POOL, Cluster
+from tests.peers.backend import Backend
+from tests.peers.guest import Guest
+from tests.peers.qemu import Drive
+from tests.peers.test_verify import check_fio, start_fio
+from tests.peers.tools import tools_image, use_tools
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.rbd import RbdStorage
 from vhostpy.errors import ConfigError
@@ -127,6 +134,19 @@ def test_what_cannot_be_had_gets_one_line_that_says_what_to_do(cluster, tmp_path
         with pytest.raises(ConfigError, match=text) as caught:
             RbdStorage(uri)
         assert "\n" not in caught.value.args[0] and caught.value.hint
+
+
+def test_fio_in_a_guest_reads_back_what_it_wrote(image):
+    with tempfile.TemporaryDirectory(prefix="vhostpy-rbd-") as name:
+        here = Path(name)
+        drives = [Drive(here / "vb", queues=2)]
+        with (
+            Backend("blk", "--socket", here / "vb", "--uri", image, directory=here) as backend,
+            Guest("rbd", here / "guest", drives=drives, cpus=2, tools=tools_image()) as guest,
+        ):
+            use_tools(guest)
+            check_fio(start_fio(guest, "vda", SIZE * 2 // 5 >> 20), 120)
+            backend.check()
 
 
 def test_a_process_serves_it_and_ends_cleanly(image, tmp_path):

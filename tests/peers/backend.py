@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from tests.peers import peers
 
-START_S = 10.0
+START_S = 40.0  # longer than it waits for the lock on an image
 STOP_S = 10.0
 
 

@@ -53,15 +53,18 @@ class Guest:
         memory_mib: int = 256,
         cpus: int = 1,
         kvm: bool | None = None,
+        tools: Path | None = None,
     ) -> None:
+        """`tools`: see tools.py; its disk comes behind all others."""
         self.name = name
         self.directory = directory
         self.nics = nics or []
+        self.tools_name = f"vd{'abcdefgh'[len(drives or [])]}"
         qemu = qemu or qemu10()
         self._env = qemu.program.env()
         self.arguments = guest_arguments(
             qemu, nics=self.nics, drives=drives or [], memory_mib=memory_mib, cpus=cpus,
-            kvm=kvm_works() if kvm is None else kvm,
+            kvm=kvm_works() if kvm is None else kvm, tools=tools,
         )
         self.qemu: QemuProcess | None = None
         self._pending = bytearray()
@@ -131,7 +134,8 @@ class Guest:
         # The subshell keeps its status in a pipe, so whoever waits sleeps in the guest.
         self.check(
             f"mkfifo {job.path}; cat > {job.path}.sh <<'JOB'\n{command}\nJOB\n"
-            f"(sh {job.path}.sh < /dev/null > {job.path}.out 2>&1; echo $? > {job.path}) "
+            f"(sh {job.path}.sh < /dev/null > {job.path}.out 2>&1; status=$?; "
+            f"touch {job.path}.ended; echo $status > {job.path}) "
             "< /dev/null > /dev/null 2>&1 &")
         return job
 
@@ -232,6 +236,10 @@ class Job:
     guest: Guest
     path: str
     command: str
+
+    def ended(self) -> bool:
+        """Without waiting for it."""
+        return self.guest.run(f"[ -e {self.path}.ended ]").status == 0
 
     def wait(self, timeout_s: float = 60.0, *, on: Guest | None = None) -> Result:
         """Until it ends; `on`: where its guest was migrated to."""

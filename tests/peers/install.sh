@@ -4,8 +4,8 @@
 #   tests/peers/install.sh build   compiler, Python headers, .venv with the Python packages
 #   tests/peers/install.sh demo    ... and QEMU 10 with a Linux kernel for guests
 #   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both; libnbd
-#                                  and a server for it; DPDK's testpmd
-#   tests/peers/install.sh ceph    what build needs, librbd and a Ceph to test against
+#                                  and a server for it; fio and XFS, for guests; DPDK's testpmd
+#   tests/peers/install.sh ceph    what demo needs, fio, librbd and a Ceph to test against
 #
 # System packages come by apt (with sudo where the caller is not root). The newer peers are
 # unpacked below .cache/, without root and without touching the system: apt runs on a
@@ -36,7 +36,7 @@ missing_packages() {
     python_has 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ||
         echo python3-dev
     [ -x .venv/bin/python ] || python_has 'import ensurepip, venv' || echo python3-venv
-    case $1 in demo | test) [ -e $KEYRING ] || echo debian-archive-keyring ;; esac
+    case $1 in demo | test | ceph) [ -e $KEYRING ] || echo debian-archive-keyring ;; esac
     if [ "$1" = test ]; then
         command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86 seabios ipxe-qemu
         command -v qemu-storage-daemon >/dev/null || echo qemu-system-common qemu-utils
@@ -44,6 +44,11 @@ missing_packages() {
         command -v nbdkit >/dev/null || echo nbdkit
         command -v dpdk-testpmd >/dev/null || echo dpdk-dev
     fi
+    case $1 in
+        test | ceph)
+            command -v fio >/dev/null || echo fio
+            [ -e /usr/sbin/mkfs.xfs ] || echo xfsprogs ;;
+    esac
     if [ "$1" = ceph ]; then
         [ -e /usr/include/rbd/librbd.h ] || echo librbd-dev
         command -v ceph-mon >/dev/null || echo ceph-mon
@@ -145,4 +150,4 @@ CONF
 case ${1:-} in build | demo | test | ceph) ;; *) fail "usage: install.sh build|demo|test|ceph" ;; esac
 install_system_packages "$1"
 install_python_packages
-case $1 in demo | test) unpack_peers ;; esac
+case $1 in demo | test | ceph) unpack_peers ;; esac

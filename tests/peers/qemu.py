@@ -120,8 +120,9 @@ def guest_arguments(
     memory_mib: int,
     cpus: int,
     kvm: bool,
+    tools: Path | None = None,
 ) -> list[str]:
-    """A guest with all its devices, without how we talk to it."""
+    """A guest with all its devices, without how we talk to it; `tools`: a disk of its own."""
     image = guest_image()
     arguments = [*qemu.program.argv, *qemu.library_arguments, "-nodefaults", "-no-user-config"]
     arguments += ["-display", "none", "-smp", str(cpus), *memory_arguments(memory_mib)]
@@ -131,6 +132,9 @@ def guest_arguments(
         arguments += network_arguments(qemu, index, nic, msix)
     for index, drive in enumerate(drives):
         arguments += disk_arguments(qemu, index, drive)
+    if tools is not None:
+        arguments += ["-drive", f"file={tools},format=raw,readonly=on,if=none,id=tools",
+                      "-device", "virtio-blk-pci,drive=tools"]
     # No PXE ROM: it costs start-up time and nobody boots from it.
     arguments += ["-global", "virtio-net-pci.romfile="]
     arguments += ["-kernel", str(image.kernel), "-initrd", str(image.initrd)]
@@ -245,6 +249,12 @@ class QemuProcess:
             event = self._qmp.pull_event(wait=remaining)
             if event is not None and wanted(event):
                 return event
+
+    def power_cut(self) -> None:
+        """As if the machine's plug were pulled."""
+        self.process.kill()
+        self.process.wait()
+        self.kill()
 
     def kill(self) -> None:
         """Ends QEMU at once; harmless where it has ended."""
