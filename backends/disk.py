@@ -380,10 +380,13 @@ class Disk:
 
     def _bury(self) -> None:
         """Lets go of stopped queues whose last request has come back."""
-        for queue in [queue for queue in self._hung if not queue.inflight]:
+        ended = [queue for queue in self._hung if not queue.inflight]
+        for queue in ended:
             self._hung.remove(queue)
             self.workers.remove(queue)
             queue.close()
+        if ended and not self._hung:
+            log.info("%s: %s: the requests that hung have ended", self.name, self.storage.name)
 
 
 def _sum(past: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

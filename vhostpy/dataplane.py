@@ -321,14 +321,14 @@ class DataPlane:
             virtqueue.track(self.inflight.queue(index))
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
-            if virtqueue.again:
-                log.info(
-                    "%s: ring %d: %d requests that were under way are done again",
-                    self.device.name,
-                    index,
-                    virtqueue.again,
-                )
         self.device.ring_started(index, virtqueue, _eventfd(state.kick))
+        if virtqueue.again:
+            log.info(
+                "%s: ring %d: %d requests that were under way are done again",
+                self.device.name,
+                index,
+                virtqueue.again,
+            )
         self.rings[index] = RunningRing(virtqueue)
         self.device.ring_enabled(index, state.enabled)
         virtqueue.set_live(True)
