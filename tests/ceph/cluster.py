@@ -99,6 +99,9 @@ mon_cluster_log_file = {directory}/cluster.log
             deadline = time.monotonic() + START_S
             while "1 up" not in self.run("ceph", "osd", "stat"):
                 assert time.monotonic() < deadline, "the OSD did not start"
+                # It ends with "wrong fsid" where it asks before it has the monitor's map.
+                if self.processes["osd"].poll() is not None:
+                    self.start("osd")
                 time.sleep(0.2)
             self.run("ceph", "osd", "pool", "create", POOL, "8")
             self.run("rbd", "pool", "init", POOL)
