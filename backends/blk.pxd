@@ -4,26 +4,11 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._ring cimport Chain, Virtqueue
 from vhostpy.memory cimport Segment
 from vhostpy.worker cimport Pollable, Turn, Workers
+from vhostpy.backends._slot cimport Slot
+from vhostpy.backends.blkcounters cimport BlkCounters
 from vhostpy.backends.latency cimport Latency
 from vhostpy.backends.limits cimport Limits
 from vhostpy.backends.storage._storage cimport Channel, Request, Storage
-
-cdef struct BlkCounters:
-    uint64_t reads
-    uint64_t read_bytes
-    uint64_t writes
-    uint64_t write_bytes
-    uint64_t flushes
-    uint64_t discards
-    uint64_t write_zeroes
-    uint64_t get_ids
-    uint64_t io_errors         # the storage said no
-    uint64_t bad_requests      # the guest's request made no sense: IOERR
-    uint64_t unsupported       # unknown or not offered: UNSUPP
-    uint64_t bad_chains        # no status byte could be found
-    uint64_t chain_faults[8]
-
-cdef struct Slot           # private to blk.pyx: a request under way
 
 cdef enum:
     SERIAL_BYTES = 20

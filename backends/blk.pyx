@@ -8,131 +8,33 @@ Source: virtio 1.3, "Block Device / Device Operation".
 """
 cimport cython
 from libc.errno cimport EFAULT
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.uio cimport iovec
 from posix.unistd cimport close
 
-from vhostpy._hw cimport (
-    atomic_add_i64, load_acquire_u32, read_once_u8, read_once_u32, read_once_u64,
-    store_release_u32, ticks, unlikely,
-)
+from vhostpy._hw cimport atomic_add_i64, load_acquire_u32, store_release_u32, ticks, unlikely
 from vhostpy._ring cimport BURST, CHAIN_OK
 from vhostpy.memory cimport GuestMemory, poison
+from vhostpy.backends._clear cimport clear_requests
+from vhostpy.backends._slot cimport (
+    HEADER, S_IOERR, S_OK, S_UNSUPP, SECTOR, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT,
+    T_WRITE_ZEROES, UNDER_WAY, gather, reserve,
+)
+from vhostpy.backends.blkcounters cimport counters_of
 from vhostpy.backends.latency cimport count_latency, latency_bins
 from vhostpy.backends.limits cimport open_timer, set_timer
-from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op
+from vhostpy.backends.storage._storage cimport Op
 
 import os
 
-from vhostpy._ring import ChainFault
 from vhostpy.backends.storage import _storage
 
-# virtio 1.3, "Block Device / Device Operation": type and status of a request.
 cdef enum:
-    T_IN = 0
-    T_OUT = 1
-    T_FLUSH = 4
-    T_GET_ID = 8
-    T_DISCARD = 11
-    T_WRITE_ZEROES = 13
-
-    S_OK = 0
-    S_IOERR = 1
-    S_UNSUPP = 2
-    UNDER_WAY = 255         # ours: the storage has it
-
-    HEADER = 16             # struct virtio_blk_req up to its data
-    RANGE = 16              # struct virtio_blk_discard_write_zeroes
-    FLAG_UNMAP = 1
-
-    SECTOR = 512
     SLOTS_MAX = 1024        # under way at a time; a slot may grow to 6 KiB
-    IOV_FIRST = 8
     # Twice what we offer: a region's end may cut a segment.
     IOV_LIMIT = 254
 
-# For the config space. Ranges that a storage clears in well under a second.
-SEG_MAX = 126
-cdef enum:
-    CLEAR_SEGMENTS = 32
-    CLEAR_SECTORS = 1 << 19
-MAX_CLEAR_SEGMENTS = CLEAR_SEGMENTS
-MAX_CLEAR_SECTORS = CLEAR_SECTORS
-
-cdef struct Slot:
-    Request request
-    Chain chain             # only what push() reads
-    void *memory            # GuestMemory of when it started; counted in its `references`
-    uint8_t *status
-    uint64_t status_gpa
-    iovec *iov
-    uint64_t *gpas          # of each iovec
-    uint64_t taken_at       # ticks() of the poll that took it
-    Request *parts          # a discard of several ranges, instead of `request`
-    int32_t room            # iovecs that `iov` and `gpas` hold
-    int32_t pending         # requests that the storage has not given back
-    int32_t result
-    int32_t op
-    uint8_t flushed
-
-
-# --- Pieces of guest memory ---------------------------------------------------------
-
-cdef void copy_once(uint8_t *out, const uint8_t *hva, uint32_t length) noexcept nogil:
-    # Each byte of the guest's is read once; the compiler may not read it again.
-    cdef uint32_t i = 0
-    if not <uint64_t>hva & 3:
-        while i + 4 <= length:
-            (<uint32_t *>(out + i))[0] = read_once_u32(hva + i)
-            i += 4
-    while i < length:
-        out[i] = read_once_u8(hva + i)
-        i += 1
-
-
-cdef int gather(Segment *segments, int count, void *out, uint32_t length) noexcept nogil:
-    """Moves `length` bytes off the front of `segments`, however they are split.
-
-    There are as many. Returns how many segments are used up; the next one is cut.
-    """
-    cdef uint8_t *at = <uint8_t *>out
-    cdef uint32_t piece
-    cdef int i = 0
-    while length > 0 and i < count:
-        piece = min(length, segments[i].length)
-        copy_once(at, segments[i].hva, piece)
-        at += piece
-        length -= piece
-        if piece < segments[i].length:
-            segments[i].hva += piece
-            segments[i].gpa += piece
-            segments[i].length -= piece
-            break
-        i += 1
-    return i
-
-
-cdef bint reserve(Slot *slot, int count) noexcept nogil:
-    """Room for `count` iovecs. Grows a few times in a slot's life, then never."""
-    cdef int room = max(slot.room, <int32_t>IOV_FIRST)
-    if count <= slot.room:
-        return True
-    while room < count:
-        room *= 2
-    free(slot.iov)
-    free(slot.gpas)
-    slot.iov = <iovec *>malloc(room * sizeof(iovec))
-    slot.gpas = <uint64_t *>malloc(room * sizeof(uint64_t))
-    slot.room = room
-    if slot.iov == NULL or slot.gpas == NULL:
-        free(slot.iov)
-        free(slot.gpas)
-        slot.iov = NULL
-        slot.gpas = NULL
-        slot.room = 0
-        return False
-    return True
+SEG_MAX = 126               # for the config space
 
 
 @cython.final
@@ -388,42 +290,12 @@ cdef class DiskQueue(Pollable):
 
     cdef uint8_t begin_clear(self, Slot *slot, Segment *data, int count, uint64_t size,
                              int op) noexcept nogil:
-        """DISCARD and WRITE_ZEROES: ranges in the data, each of them a storage request."""
-        cdef uint64_t ranges[2 * CLEAR_SEGMENTS]
-        cdef uint64_t capacity = self.storage.size_bytes // SECTOR
-        cdef uint64_t sector, sectors
-        cdef uint32_t flags
-        cdef int i, total
-        cdef Request *request
-        if size == 0 or size % RANGE or size // RANGE > CLEAR_SEGMENTS:
-            return S_IOERR
-        total = <int>(size // RANGE)
-        gather(data, count, ranges, <uint32_t>size)
-        # The whole request is checked before any of it is done.
+        cdef int total, i
+        total = clear_requests(slot, data, count, size, op, self.storage.size_bytes,
+                               self.read_only)
         for i in range(total):
-            sector = ranges[2 * i]
-            sectors = <uint32_t>ranges[2 * i + 1]
-            flags = <uint32_t>(ranges[2 * i + 1] >> 32)
-            if flags & ~<uint32_t>FLAG_UNMAP or (op == Op.DISCARD and flags):
-                return S_UNSUPP
-            if (sectors > CLEAR_SECTORS or sector > capacity or sectors > capacity - sector
-                    or self.read_only):
-                return S_IOERR
-        if total > 1:
-            slot.parts = <Request *>calloc(total, sizeof(Request))
-            if slot.parts == NULL:
-                return S_IOERR
-        slot.op = op
-        for i in range(total):
-            request = &slot.parts[i] if total > 1 else &slot.request
-            request.op = op
-            request.flags = REQUEST_UNMAP if ranges[2 * i + 1] >> 32 else 0
-            request.offset = ranges[2 * i] * SECTOR
-            request.size = <uint64_t><uint32_t>ranges[2 * i + 1] * SECTOR
-            request.iov = NULL
-            request.iov_count = 0
-            self.enqueue(slot, request)
-        return UNDER_WAY
+            self.enqueue(slot, &slot.parts[i] if total > 1 else &slot.request)
+        return UNDER_WAY if total > 0 else <uint8_t>-total
 
     cdef uint32_t get_id(self, const Segment *data, int count) noexcept nogil:
         cdef uint32_t done = 0, piece
@@ -665,25 +537,4 @@ cdef class DiskQueue(Pollable):
 
     def counters(self) -> dict:
         """What happened so far; stable names."""
-        cdef BlkCounters *counts = &self.counts
-        return {
-            "reads": read_once_u64(&counts.reads),
-            "read_bytes": read_once_u64(&counts.read_bytes),
-            "writes": read_once_u64(&counts.writes),
-            "write_bytes": read_once_u64(&counts.write_bytes),
-            "flushes": read_once_u64(&counts.flushes),
-            "discards": read_once_u64(&counts.discards),
-            "write_zeroes": read_once_u64(&counts.write_zeroes),
-            "get_ids": read_once_u64(&counts.get_ids),
-            "io_errors": read_once_u64(&counts.io_errors),
-            "bad_requests": read_once_u64(&counts.bad_requests),
-            "unsupported": read_once_u64(&counts.unsupported),
-            "bad_chains": read_once_u64(&counts.bad_chains),
-            "chain_faults": {
-                fault.name.removeprefix("CHAIN_").lower(): counts.chain_faults[int(fault)]
-                for fault in FAULTS
-            },
-        }
-
-
-FAULTS = [fault for fault in ChainFault if fault.name not in ("CHAIN_OK", "CHAIN_FAULTS")]
+        return counters_of(&self.counts)

@@ -12,7 +12,8 @@ from typing import Any
 
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.backends.blk import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS, SEG_MAX, DiskQueue
+from vhostpy.backends._clear import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS
+from vhostpy.backends.blk import SEG_MAX, DiskQueue
 from vhostpy.backends.latency import add_bins, summary
 from vhostpy.backends.limits import Limits, Settings
 from vhostpy.backends.storage._storage import Storage

@@ -1,15 +1,15 @@
-"""One connection to an NBD server: requests become commands, survive its loss, come back.
+"""One connection to an NBD server: commands survive its loss.
 
 Plain C, for the thread that owns it; others only call `put()` and `stop()`.
 """
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
+from vhostpy.backends.storage._commands cimport Commands
 from vhostpy.backends.storage._done cimport pthread_mutex_t
 from vhostpy.backends.storage._libnbd cimport nbd_handle
 from vhostpy.backends.storage._storage cimport Request
 
 cdef enum:
-    COMMANDS = 64           # that a server has at a time, of one connection
     REASON_BYTES = 200
 
 cdef enum Event:
@@ -18,22 +18,6 @@ cdef enum Event:
     LOST                    # the connection; serve() goes on with mending it
     MENDED
     GAVE_UP                 # requests fail from now on, until the server answers again
-
-cdef struct Command:
-    # A piece of a request, small enough for the server.
-    Request *request
-    Command *lead           # the first command of the request: counts the others
-    Command *next           # of those that are free
-    void *link
-    uint64_t offset         # bytes, in the export
-    uint64_t size
-    char *buffer            # guest memory, or `bounce`
-    char *bounce            # ours; NULL: none
-    int32_t piece           # of the request's iovecs: where the data start
-    int32_t state           # private to _link.pyx
-    uint64_t piece_at       # bytes, in that iovec
-    int32_t pending         # the lead's: commands that are not done
-    int32_t result          # the lead's: the first error
 
 cdef struct Link:
     # What it is to do; set before its thread starts.
@@ -53,21 +37,12 @@ cdef struct Link:
     bint dropped            # some command was lost: the connection is of no more use
     uint64_t heard_ns       # when the server last gave a sign of life
     uint64_t down_ns        # when the connection was lost
-    Request *first          # not cut into commands yet, but for the start of the first one
-    Request **last
-    Command *lead           # of the first one, once it is begun
-    uint64_t cut_bytes      # of it that are cut off
-    int32_t cut_piece       # where the next command's data start
-    uint64_t cut_piece_at
-    Command commands[COMMANDS]
-    Command *free_commands
+    Commands commands
     uint32_t sent           # commands that the server has
     char reason[REASON_BYTES]   # why the connection was lost or cannot be made
     int reason_errno
     # What the server said; the first connection's word counts.
     uint64_t size_bytes
-    uint64_t align          # bytes; of offset and size of every command
-    uint64_t piece_max      # bytes of one read or write
     bint read_only
     bint can_flush
     bint can_trim

@@ -1,27 +1,28 @@
-"""One connection to an NBD server: requests become commands, survive its loss, come back.
+"""One connection to an NBD server: commands survive its loss.
 
-libnbd speaks the protocol. Here is what it leaves open: requests of any size and any pieces
-become commands that the server takes, and when the connection is lost they are sent again
-over the next one. NBD answers in any order and promises none, so sending all of them again
-is right; it is reads and idempotent writes of ranges that the guest holds still for.
+libnbd speaks the protocol. Here is what it leaves open: when the connection is lost,
+commands are sent again over the next one. NBD answers in any order and promises none, so
+sending all of them again is right; it is reads and idempotent writes of ranges that the
+guest holds still for.
 
-Data go straight between the socket and guest memory where a command's data lie in one
-piece; else through a buffer. What is sent again always goes through a buffer: if it was
-guest memory that broke the connection (its file has shrunk: EFAULT), then our own copy
-finds out which, where such a fault is contained.
+What is sent again always goes through a buffer: if it was guest memory that broke the
+connection (its file has shrunk: EFAULT), then our own copy finds out which, where such a
+fault is contained.
 
 Source: NBD protocol, "Transmission phase"; libnbd(3).
 """
 from libc.errno cimport EIO, ENOMEM, ENOTCONN
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, strdup, strncpy
+from libc.string cimport strdup, strncpy
 from posix.unistd cimport close, read, write
 
 from vhostpy._hw cimport clock_ns, load_acquire_u32, store_release_u32
+from vhostpy.backends.storage._commands cimport (
+    COMMANDS, OPEN, SENT, Command, Commands, bounce, cut, fail_all, finish, start_commands,
+)
 from vhostpy.backends.storage._done cimport (
-    Done, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, put_done,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from vhostpy.backends.storage._libnbd cimport *
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request
@@ -42,12 +43,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef enum:
-    FREE, OPEN, SENT, HELD      # OPEN: to be sent, again; HELD: a lead that waits for others
-
     PIECE_MAX = 1 << 20         # bytes of one command
-    BOUNCE_MAX = 1 << 18        # the same, through a buffer
-    DIRECT_MIN = 1 << 16        # a shorter piece of a longer request is not worth a command
-    CLEAR_MAX = 1 << 30         # of one trim or zero; the protocol counts in 32 bits
     ALIGN_MAX = 4096
 
     NS = 1_000_000_000
@@ -61,7 +57,6 @@ cdef enum:
 
 cdef Link *new_link(const char *uri, double silence_s, double give_up_s) noexcept nogil:
     cdef Link *link = <Link *>calloc(1, sizeof(Link))
-    cdef int i
     if link == NULL:
         return NULL
     link.uri = strdup(uri)
@@ -74,12 +69,8 @@ cdef Link *new_link(const char *uri, double silence_s, double give_up_s) noexcep
     link.silence_ns = <uint64_t>(silence_s * NS)
     link.give_up_ns = <uint64_t>(give_up_s * NS)
     link.inbox_last = &link.inbox
-    link.last = &link.first
     link.down_ns = clock_ns()
-    for i in range(COMMANDS):
-        link.commands[i].link = link
-        link.commands[i].next = link.free_commands
-        link.free_commands = &link.commands[i]
+    start_commands(&link.commands, link)
     return link
 
 
@@ -189,156 +180,21 @@ cdef int accept(Link *link, nbd_handle *nbd) noexcept nogil:
         explain(link, b"the server wants blocks of a size that no guest has", ENOTSUP)
         return -1
     if link.size_bytes and (<uint64_t>size < link.size_bytes
-                            or <uint64_t>align > link.align or read_only > link.read_only):
+                            or <uint64_t>align > link.commands.align or read_only > link.read_only):
         explain(link, b"the export has become smaller or may not be written any more", 0)
         return -1
     if not link.size_bytes:
-        link.align = <uint64_t>align
+        link.commands.align = <uint64_t>align
         link.read_only = read_only
     link.size_bytes = <uint64_t>size
-    link.piece_max = PIECE_MAX
+    link.commands.piece_max = PIECE_MAX
     if largest > 0:
-        link.piece_max = min(<uint64_t>PIECE_MAX, <uint64_t>largest) & ~(<uint64_t>align - 1)
+        link.commands.piece_max = min(<uint64_t>PIECE_MAX, <uint64_t>largest) & ~(<uint64_t>align - 1)
     link.can_flush = nbd_can_flush(nbd) > 0
     link.can_trim = nbd_can_trim(nbd) > 0
     link.can_zero = nbd_can_zero(nbd) > 0
     link.can_multi_conn = nbd_can_multi_conn(nbd) > 0
     return 0
-
-
-# --- Requests into commands ----------------------------------------------------------------
-
-cdef void release(Link *link, Command *command) noexcept nogil:
-    command.state = FREE
-    command.next = link.free_commands
-    link.free_commands = command
-
-
-cdef void settle(Link *link, Command *lead) noexcept nogil:
-    """One of the lead's commands is done, or no more of them come."""
-    cdef Request *request = lead.request
-    lead.pending -= 1
-    if lead.pending == 0:
-        request.result = lead.result
-        release(link, lead)
-        put_done(<Done *>request.home, request)
-
-
-cdef void copy(Command *command, bint to_guest) noexcept nogil:
-    """Between `bounce` and the command's part of the request's pieces."""
-    cdef int32_t piece = command.piece
-    cdef uint64_t at = command.piece_at, done = 0, length
-    cdef char *guest
-    while done < command.size:
-        length = min(command.request.iov[piece].iov_len - at, command.size - done)
-        guest = <char *>command.request.iov[piece].iov_base + at
-        if to_guest:
-            memcpy(guest, command.bounce + done, length)
-        else:
-            memcpy(command.bounce + done, guest, length)
-        done += length
-        piece += 1
-        at = 0
-
-
-cdef void finish(Link *link, Command *command, int result) noexcept nogil:
-    cdef Command *lead = command.lead
-    if result == 0 and command.bounce != NULL and command.request.op == Op.READ:
-        copy(command, True)
-    free(command.bounce)
-    command.bounce = NULL
-    if result < 0 and lead.result == 0:
-        lead.result = result
-    if command == lead:
-        command.state = HELD
-    else:
-        release(link, command)
-    settle(link, lead)
-
-
-cdef bint bounce(Command *command) noexcept nogil:
-    """Gives a read or write a buffer of its own, filled if it is a write."""
-    if command.bounce == NULL:
-        # Zeroed: a server that answers with less must not show the guest our memory.
-        command.bounce = <char *>calloc(1, command.size)
-        if command.bounce == NULL:
-            return False
-        if command.request.op == Op.WRITE:
-            copy(command, False)
-    command.buffer = command.bounce
-    return True
-
-
-cdef uint64_t contiguous(Request *request, int32_t piece, uint64_t at) noexcept nogil:
-    """Bytes that lie behind each other from there on."""
-    cdef uint64_t run = request.iov[piece].iov_len - at
-    cdef char *end = <char *>request.iov[piece].iov_base + request.iov[piece].iov_len
-    piece += 1
-    while piece < request.iov_count and request.iov[piece].iov_base == end:
-        run += request.iov[piece].iov_len
-        end += request.iov[piece].iov_len
-        piece += 1
-    return run
-
-
-cdef Command *cut(Link *link) noexcept nogil:
-    """The next command; there is a request, and a free command."""
-    cdef Request *request = link.first
-    cdef Command *command = link.free_commands
-    cdef uint64_t rest, run
-    link.free_commands = command.next
-    if link.lead == NULL:
-        link.lead = command
-        link.cut_bytes = link.cut_piece_at = 0
-        link.cut_piece = 0
-        command.pending = 1             # until the request is cut up
-        command.result = 0
-    command.state = OPEN
-    command.request = request
-    command.lead = link.lead
-    command.lead.pending += 1
-    command.offset = request.offset + link.cut_bytes
-    command.buffer = command.bounce = NULL
-    rest = request.size - link.cut_bytes
-    if request.op == Op.READ or request.op == Op.WRITE:
-        command.piece = link.cut_piece
-        command.piece_at = link.cut_piece_at
-        run = contiguous(request, link.cut_piece, link.cut_piece_at) if rest else 0
-        if run >= rest or run >= DIRECT_MIN:
-            command.size = min(min(run, rest), link.piece_max)
-            command.buffer = (<char *>request.iov[command.piece].iov_base + command.piece_at
-                              if rest else NULL)
-        else:
-            command.size = min(min(rest, <uint64_t>BOUNCE_MAX), link.piece_max)
-        if command.size < rest:
-            command.size &= ~(link.align - 1)
-        advance(link, command.size)
-    else:
-        command.size = min(rest, <uint64_t>CLEAR_MAX)
-    link.cut_bytes += command.size
-    return command
-
-
-cdef void advance(Link *link, uint64_t size) noexcept nogil:
-    cdef uint64_t left
-    while size > 0:
-        left = link.first.iov[link.cut_piece].iov_len - link.cut_piece_at
-        if size < left:
-            link.cut_piece_at += size
-            return
-        size -= left
-        link.cut_piece += 1
-        link.cut_piece_at = 0
-
-
-cdef void end_cut(Link *link) noexcept nogil:
-    """The first request is cut up, or given up."""
-    cdef Command *lead = link.lead
-    link.first = link.first.next
-    if link.first == NULL:
-        link.last = &link.first
-    link.lead = NULL
-    settle(link, lead)
 
 
 # --- Commands to the server ----------------------------------------------------------------
@@ -355,7 +211,7 @@ cdef int completed(void *user_data, int *error) noexcept nogil:
         if error[0] == ESHUTDOWN:
             explain(link, b"the server shuts down", 0)
     else:
-        finish(link, command, -error[0])
+        finish(&link.commands, command, -error[0])
     return 1                            # libnbd forgets it
 
 
@@ -369,10 +225,10 @@ cdef void send(Link *link, Command *command) noexcept nogil:
     callback.free = NULL
     if (not link.can_flush) if op == Op.FLUSH else command.size == 0:
         # Nothing to do. A server without flush has nothing that it could lose.
-        finish(link, command, 0)
+        finish(&link.commands, command, 0)
         return
     if op <= Op.WRITE and command.buffer == NULL and not bounce(command):
-        finish(link, command, -ENOMEM)
+        finish(&link.commands, command, -ENOMEM)
         return
     command.state = SENT
     link.sent += 1                      # before: the answer may come within the call
@@ -393,7 +249,7 @@ cdef void send(Link *link, Command *command) noexcept nogil:
     link.sent -= 1
     explain_nbd(link)
     if is_up(link.nbd):                 # libnbd would not even ask the server
-        finish(link, command, -(link.reason_errno or EIO))
+        finish(&link.commands, command, -(link.reason_errno or EIO))
     else:
         command.state = OPEN
         link.dropped = True
@@ -404,33 +260,15 @@ cdef void send_again(Link *link) noexcept nogil:
     cdef Command *command
     cdef int i
     for i in range(COMMANDS):
-        command = &link.commands[i]
+        command = &link.commands.all[i]
         if command.state != OPEN:
             continue
         if command.request.op <= Op.WRITE and command.size and not bounce(command):
-            finish(link, command, -ENOMEM)
+            finish(&link.commands, command, -ENOMEM)
         else:
             send(link, command)
         if link.dropped:
             return
-
-
-cdef void fail_all(Link *link) noexcept nogil:
-    """Of what came so far, and is not on its way to a server."""
-    cdef Request *request
-    cdef int i
-    if link.lead != NULL:
-        link.lead.result = link.lead.result or -EIO
-        end_cut(link)
-    for i in range(COMMANDS):
-        if link.commands[i].state == OPEN:
-            finish(link, &link.commands[i], -EIO)
-    while link.first != NULL:
-        request = link.first
-        link.first = request.next
-        request.result = -EIO
-        put_done(<Done *>request.home, request)
-    link.last = &link.first
 
 
 # --- The thread ----------------------------------------------------------------------------
@@ -438,8 +276,8 @@ cdef void fail_all(Link *link) noexcept nogil:
 cdef void take_inbox(Link *link) noexcept nogil:
     pthread_mutex_lock(&link.lock)
     if link.inbox != NULL:
-        link.last[0] = link.inbox
-        link.last = link.inbox_last
+        link.commands.last[0] = link.inbox
+        link.commands.last = link.inbox_last
         link.inbox = NULL
         link.inbox_last = &link.inbox
     pthread_mutex_unlock(&link.lock)
@@ -510,16 +348,15 @@ cdef bint exchange(Link *link) noexcept nogil:
 
 cdef Event converse(Link *link) noexcept nogil:
     """While the connection holds."""
+    cdef Commands *commands = &link.commands
     cdef bint idle
     explain(link, b"the server closed it", 0)
     while True:
         if load_acquire_u32(&link.stopping):
             return STOPPED
         take_inbox(link)
-        while link.first != NULL and link.free_commands != NULL and not link.dropped:
-            send(link, cut(link))
-            if link.cut_bytes >= link.first.size:
-                end_cut(link)
+        while commands.first != NULL and commands.spare != NULL and not link.dropped:
+            send(link, cut(commands))
         idle = link.sent == 0
         if link.dropped or not exchange(link) or link.dropped:
             return LOST
@@ -537,8 +374,8 @@ cdef void hang_up(Link *link) noexcept nogil:
     nbd_close(link.nbd)
     link.nbd = NULL
     for i in range(COMMANDS):
-        if link.commands[i].state == SENT:
-            link.commands[i].state = OPEN
+        if link.commands.all[i].state == SENT:
+            link.commands.all[i].state = OPEN
     link.sent = 0
 
 
@@ -558,10 +395,10 @@ cdef Event mend(Link *link) noexcept nogil:
             take_inbox(link)
             now = clock_ns()
             if link.given_up:
-                fail_all(link)
+                fail_all(&link.commands)
             elif now - link.down_ns > link.give_up_ns:
                 link.given_up = True
-                fail_all(link)
+                fail_all(&link.commands)
                 return GAVE_UP
             if now >= next_ns:
                 break
@@ -582,5 +419,5 @@ cdef Event serve(Link *link) noexcept nogil:
     if event == STOPPED:
         hang_up(link)
         take_inbox(link)
-        fail_all(link)
+        fail_all(&link.commands)
     return event

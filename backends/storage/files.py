@@ -19,7 +19,8 @@ def open_file(
 ) -> Storage:
     """The image at `path`. Raises ConfigError where it cannot be served."""
     try:
-        from vhostpy.backends.storage.uring import UringStorage, UringUnavailable
+        from vhostpy.backends.storage._uring_setup import UringUnavailable
+        from vhostpy.backends.storage.uring import UringStorage
     except ImportError:
         why = "vhostpy was built without liburing"
         hint = "install liburing's headers (Debian: liburing-dev) and build it again"

@@ -196,7 +196,7 @@ cdef class NbdStorage(Storage):
                 errors.EPERM: "see who may use the export",
             }.get(link.reason_errno, "see what the server offers: nbdinfo --list URI")
             raise ConfigError(f"{self.name}: {reason_of(link)}", hint=hint)
-        self.block_size = <uint32_t>max(block_size, link.align)
+        self.block_size = <uint32_t>max(block_size, link.commands.align)
         self.size_bytes = link.size_bytes // self.block_size * self.block_size
         if self.size_bytes == 0:
             raise ConfigError(f"{self.name}: {link.size_bytes} bytes, less than one block of "
@@ -222,7 +222,7 @@ cdef class NbdStorage(Storage):
         cdef Link *first = <Link *><uint64_t>self.links[0]
         cdef Link *link = self.add_link()
         link.size_bytes = self.size_bytes
-        link.align = first.align
+        link.commands.align = first.commands.align
         link.read_only = first.read_only
         self.start(link, False)
 

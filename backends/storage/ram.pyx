@@ -5,13 +5,14 @@ on the worker that polls, a bounded piece a poll: a guest may ask for 4 GiB at o
 """
 cimport cython
 from libc.errno cimport errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memset
 from posix.mman cimport (
     MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, madvise,
     mmap, munmap,
 )
 
+from vhostpy.backends.storage._pieces cimport Position, copy_pieces
 from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
 
 import os
@@ -63,8 +64,7 @@ cdef class RamChannel(Channel):
     cdef Request *first
     cdef Request **last
     cdef uint64_t progress      # bytes of `first` that are done
-    cdef int32_t piece          # of its iovecs
-    cdef uint64_t piece_done    # bytes of that piece
+    cdef Position position      # where that is, in its pieces
 
     def __cinit__(self, RamStorage storage not None):
         self.storage = storage
@@ -94,8 +94,8 @@ cdef class RamChannel(Channel):
                 break
             request.result = 0
             self.first = request.next
-            self.progress = self.piece_done = 0
-            self.piece = 0
+            self.progress = self.position.at = 0
+            self.position.piece = 0
             done[count] = request
             count += 1
         if self.first == NULL:
@@ -106,24 +106,11 @@ cdef class RamChannel(Channel):
         return self.first != NULL
 
     cdef int64_t copy(self, Request *request, uint64_t budget) noexcept nogil:
-        cdef uint8_t *disk
-        cdef uint8_t *guest
-        cdef uint64_t length, copied = 0
-        while self.progress < request.size and copied < budget:
-            length = min(request.iov[self.piece].iov_len - self.piece_done, budget - copied)
-            disk = self.storage.base + request.offset + self.progress
-            guest = <uint8_t *>request.iov[self.piece].iov_base + self.piece_done
-            if request.op == Op.READ:
-                memcpy(guest, disk, length)
-            else:
-                memcpy(disk, guest, length)
-            copied += length
-            self.progress += length
-            self.piece_done += length
-            if self.piece_done == request.iov[self.piece].iov_len:
-                self.piece += 1
-                self.piece_done = 0
-        return <int64_t>copied
+        cdef uint64_t length = min(request.size - self.progress, budget)
+        copy_pieces(request, &self.position, self.storage.base + request.offset + self.progress,
+                    length, request.op == Op.READ)
+        self.progress += length
+        return <int64_t>length
 
     cdef int64_t release(self, Request *request) noexcept nogil:
         """Zeros by giving pages back; parts of a page are written. What it cost."""

@@ -9,11 +9,11 @@ Requests that the cluster does not answer fail after `timeout_s`; none hangs for
 """
 cimport cython
 from libc.errno cimport EIO, ENOMEM
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
 
 from vhostpy.backends.storage._done cimport Done, DoneChannel, put_done
+from vhostpy.backends.storage._pieces cimport Position, copy_pieces
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request, Storage
 
 import logging
@@ -76,8 +76,7 @@ cdef struct Transfer:
     uint64_t room           # bytes of `buffer`
     uint64_t progress       # bytes of the request that are done
     uint64_t size           # bytes of the piece under way
-    int32_t piece           # of the request's iovecs: where the piece under way starts
-    uint64_t piece_at
+    Position position       # of the request's pieces: behind what was copied
     int result
 
 
@@ -90,29 +89,6 @@ cdef void completed(rbd_completion_t completion, void *user_data) noexcept nogil
         result = -EIO       # the image has become smaller
     transfer.result = <int>result if result < 0 else 0
     put_done(transfer.done, transfer.request)
-
-
-cdef void copy(Transfer *transfer, bint to_guest) noexcept nogil:
-    """The piece under way; leaves `piece` and `piece_at` where the next one starts, if it
-    was the last thing to do with this one."""
-    cdef Request *request = transfer.request
-    cdef int32_t piece = transfer.piece
-    cdef uint64_t at = transfer.piece_at, done = 0, length
-    cdef char *guest
-    while done < transfer.size:
-        length = min(request.iov[piece].iov_len - at, transfer.size - done)
-        guest = <char *>request.iov[piece].iov_base + at
-        if to_guest:
-            memcpy(guest, transfer.buffer + done, length)
-        else:
-            memcpy(transfer.buffer + done, guest, length)
-        done += length
-        at += length
-        if at == request.iov[piece].iov_len:
-            piece += 1
-            at = 0
-    transfer.piece = piece
-    transfer.piece_at = at
 
 
 cdef int start(rbd_image_t image, Transfer *transfer) noexcept nogil:
@@ -132,7 +108,7 @@ cdef int start(rbd_image_t image, Transfer *transfer) noexcept nogil:
         if transfer.buffer == NULL:
             return -ENOMEM
     if request.op == Op.WRITE:
-        copy(transfer, False)
+        copy_pieces(request, &transfer.position, transfer.buffer, transfer.size, False)
     result = rbd_aio_create_completion(transfer, completed, &completion)
     if result < 0:
         return result
@@ -298,8 +274,8 @@ cdef class RbdChannel(DoneChannel):
                 return i
             burst[i].home = transfer
             transfer.request = burst[i]
-            transfer.progress = transfer.piece_at = 0
-            transfer.piece = 0
+            transfer.progress = transfer.position.at = 0
+            transfer.position.piece = 0
             if burst[i].size == 0 and burst[i].op != Op.FLUSH:
                 transfer.size = 0
                 transfer.result = 0
@@ -318,7 +294,8 @@ cdef class RbdChannel(DoneChannel):
         for i in range(count):
             transfer = <Transfer *>done[i].home
             if transfer.result == 0 and done[i].op == Op.READ:
-                copy(transfer, True)
+                copy_pieces(transfer.request, &transfer.position, transfer.buffer, transfer.size,
+                            True)
             transfer.progress += transfer.size
             if transfer.result == 0 and transfer.progress < done[i].size:
                 result = start(self.storage.image, transfer)

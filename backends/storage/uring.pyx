@@ -11,43 +11,38 @@ What one entry cannot carry takes a `Detour`: transfers that came back short, O_
 with a range or buffers that are not aligned, zeros where nothing else writes them.
 """
 cimport cython
-from libc.errno cimport (
-    EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSYS, ENOTTY, EOPNOTSUPP, errno,
-)
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport close
 
-from vhostpy._hw cimport (
-    atomic_add_i64, fence_full, likely, read_once_u32, unlikely,
-)
+from vhostpy._hw cimport atomic_add_i64, fence_full, likely, read_once_u32, unlikely
 from vhostpy.backends.storage._detour cimport (
-    BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS,
-    ZERO_RANGE, Detour, bounce_part, copy_part, fill_bounce, next_bounce, point_at_zeros, step,
+    BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS, Detour,
+    Shared, bounce_part, copy_bounce, fill_bounce, learn, new_detour, next_bounce, next_way,
+    pass_gate, point_at_zeros, step,
 )
 from vhostpy.backends.storage._liburing cimport (
-    IORING_FSYNC_DATASYNC, IORING_OP_FALLOCATE, IORING_OP_FSYNC, IORING_OP_READ,
-    IORING_OP_READV, IORING_OP_URING_CMD, IORING_OP_WRITE, IORING_OP_WRITEV,
-    IORING_SETUP_COOP_TASKRUN, IORING_SETUP_DEFER_TASKRUN, IORING_SETUP_R_DISABLED,
-    IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL, IORING_SETUP_TASKRUN_FLAG,
-    IORING_SQ_CQ_OVERFLOW, IORING_SQ_TASKRUN, IOSQE_ASYNC, IOSQE_FIXED_FILE, io_uring,
-    io_uring_cq_advance, io_uring_cq_eventfd_toggle, io_uring_cq_ready, io_uring_cqe,
-    io_uring_enable_rings, io_uring_free_probe, io_uring_get_probe_ring, io_uring_get_sqe,
-    io_uring_opcode_supported, io_uring_params, io_uring_peek_batch_cqe,
-    io_uring_prep_fallocate, io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv,
-    io_uring_prep_rw, io_uring_prep_write, io_uring_prep_writev, io_uring_probe,
-    io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_eventfd,
-    io_uring_register_files, io_uring_sq_ready, io_uring_sqe, io_uring_submit_and_get_events,
+    IORING_FSYNC_DATASYNC, IORING_OP_URING_CMD, IORING_SETUP_R_DISABLED, IORING_SQ_CQ_OVERFLOW,
+    IORING_SQ_TASKRUN, IOSQE_ASYNC, IOSQE_FIXED_FILE, io_uring, io_uring_cq_advance,
+    io_uring_cq_eventfd_toggle, io_uring_cq_ready, io_uring_cqe, io_uring_enable_rings,
+    io_uring_get_sqe, io_uring_params, io_uring_peek_batch_cqe, io_uring_prep_fallocate,
+    io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv, io_uring_prep_rw,
+    io_uring_prep_write, io_uring_prep_writev, io_uring_queue_exit, io_uring_queue_init_params,
+    io_uring_register_eventfd, io_uring_register_files, io_uring_sq_ready, io_uring_sqe,
+    io_uring_submit_and_get_events,
 )
-from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Channel, Op, Request, Storage
+from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
+from vhostpy.backends.storage._uring_setup cimport setup_flags
 
 import os
 
+from vhostpy.backends.storage._uring_setup import choose_setup
 from vhostpy.backends.storage.image import open_image
-from vhostpy.errors import ConfigError, VhostpyError
+from vhostpy.errors import ConfigError
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -76,75 +71,6 @@ cdef enum:
     STEP_BYTES = 512 << 10  # copied by one poll: about 50 us
     SECTOR = 512
     BLOCK_DISCARD = 0x1200  # linux/blkdev.h: BLOCK_URING_CMD_DISCARD, since 6.12
-
-# What channels of a storage share.
-cdef struct Shared:
-    int flush_error         # sticky: the kernel reports a lost write only once
-    uint32_t is_device
-    uint32_t no_discard     # the kernel's answers, found out by trying
-    uint32_t no_punch
-    uint32_t no_zero_range
-    uint32_t offset_alignment
-    uint32_t memory_alignment
-    bint direct
-    # tmpfs: io_uring would hand each transfer to a thread of the kernel's, which costs
-    # five times what the copy does; so the worker copies. Nothing there waits for a disk.
-    bint in_memory
-    int fd                  # for that
-    # A guest may write less than a block where blocks are larger than sectors: then one
-    # write at a time, with no other under way.
-    bint gated
-    int64_t writers
-    int64_t alone
-
-
-class UringUnavailable(VhostpyError):
-    """This kernel, or its configuration, has no io_uring for us."""
-
-
-cdef inline bint unsupported(int result) noexcept nogil:
-    # EINVAL: a block device that takes only whole blocks of more than 512 bytes.
-    return result in (-EOPNOTSUPP, -ENOSYS, -ENODEV, -ENOTTY, -EINVAL)
-
-
-# --- Storage and channel -------------------------------------------------------------------
-
-cdef unsigned int[3] SETUPS
-# In the order of preference: 6.1, 5.19, older. With DEFER_TASKRUN the thread that enables
-# the ring is the only one that may use it: the worker does that with its first poll.
-SETUPS[0] = (IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG
-             | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_R_DISABLED)
-SETUPS[1] = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_SUBMIT_ALL
-SETUPS[2] = 0
-
-
-def choose_setup() -> int:
-    """Which of the setups this kernel has. Raises UringUnavailable."""
-    cdef io_uring ring
-    cdef io_uring_params params
-    cdef io_uring_probe *probe
-    cdef int result = 0
-    cdef int i
-    for i in range(3):
-        memset(&params, 0, sizeof(params))
-        params.flags = SETUPS[i]
-        result = io_uring_queue_init_params(2, &ring, &params)
-        if result == 0:
-            break
-        if result != -EINVAL:
-            raise UringUnavailable(os.strerror(-result))
-    else:
-        raise UringUnavailable(os.strerror(-result))
-    probe = io_uring_get_probe_ring(&ring)
-    good = probe != NULL and all(io_uring_opcode_supported(probe, op) for op in (
-        IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC,
-        IORING_OP_FALLOCATE))
-    if probe != NULL:
-        io_uring_free_probe(probe)
-    io_uring_queue_exit(&ring)
-    if not good:
-        raise UringUnavailable("the kernel is too old, 5.6 is needed")
-    return i
 
 
 cdef bint is_in_memory(int fd):
@@ -233,7 +159,7 @@ cdef class UringChannel(Channel):
         self.waiting_last = &self.waiting
         self.copies_last = &self.copies
         memset(&params, 0, sizeof(params))
-        params.flags = SETUPS[storage.setup]
+        params.flags = setup_flags(storage.setup)
         result = io_uring_queue_init_params(FLYING, &self.ring, &params)
         if result == -ENOMEM:
             raise ConfigError(f"{storage.name}: no memory for a ring of io_uring",
@@ -411,15 +337,11 @@ cdef class UringChannel(Channel):
             self.prepare(request, False)
             return True
         if detour == NULL:
-            detour = <Detour *>calloc(1, sizeof(Detour))
+            detour = new_detour(request)
             if detour == NULL:
                 self.end_here(request, -ENOMEM)
                 return True
             request.home = detour
-            detour.offset = request.offset
-            detour.size = request.size
-            detour.iov = request.iov
-            detour.count = request.iov_count
             if not aligned:
                 detour.bounces = True
                 self.bounces += 1
@@ -428,10 +350,10 @@ cdef class UringChannel(Channel):
                     self.leave(request)
                     self.end_here(request, -ENOMEM)
                     return True
-        if shared.gated and request.op != Op.READ and not self.pass_gate(detour, partial):
+        if shared.gated and request.op != Op.READ and not pass_gate(shared, detour, partial):
             return False
         if request.op > Op.WRITE:
-            detour.stage = self.next_way(request, 0)
+            detour.stage = next_way(shared, request, 0)
             if detour.stage == 0:
                 self.leave(request)
                 self.end_here(request, 0)
@@ -441,45 +363,12 @@ cdef class UringChannel(Channel):
         self.prepare(request, False)
         return True
 
-    cdef bint pass_gate(self, Detour *detour, bint partial) noexcept nogil:
-        cdef Shared *shared = self.shared
-        if not partial:
-            if atomic_add_i64(&shared.writers, 1) > 0:
-                fence_full()
-                if atomic_add_i64(&shared.alone, 0) == 0:
-                    detour.writes = True
-                    return True
-            atomic_add_i64(&shared.writers, -1)
-            return False
-        if not detour.alone:
-            if atomic_add_i64(&shared.alone, 1) != 1:
-                atomic_add_i64(&shared.alone, -1)
-                return False
-            detour.alone = True
-        fence_full()
-        return atomic_add_i64(&shared.writers, 0) == 0
-
     cdef bint is_aligned(self, const Request *request) noexcept nogil:
         cdef uint64_t bits = 0
         cdef int i
         for i in range(request.iov_count):
             bits |= <uint64_t>request.iov[i].iov_base | request.iov[i].iov_len
         return (bits & (self.shared.memory_alignment - 1)) == 0
-
-    cdef int next_way(self, const Request *request, int tried) noexcept nogil:
-        """How to clear, after the way that did not work; 0: there is nothing to do."""
-        cdef Shared *shared = self.shared
-        cdef bint discard = request.op == Op.DISCARD
-        if tried < DISCARD_BLOCKS and discard and shared.is_device and not shared.no_discard:
-            return DISCARD_BLOCKS
-        if (tried < PUNCH_HOLE and not shared.no_punch
-                and (discard or request.flags & REQUEST_UNMAP)):
-            return PUNCH_HOLE
-        if discard:
-            return 0        # only a hint
-        if tried < ZERO_RANGE and not shared.no_zero_range:
-            return ZERO_RANGE
-        return WRITE_ZEROS
 
     cdef void prepare(self, Request *request, bint forced) noexcept nogil:
         """Writes the entry; there is one for each request that we take.
@@ -549,30 +438,19 @@ cdef class UringChannel(Channel):
             request.result = shared.flush_error
             return True
         if detour != NULL and DISCARD_BLOCKS <= detour.stage < WRITE_ZEROS:
-            if not unsupported(got):
+            if not learn(shared, detour.stage, got):
                 return self.end(request, got)
-            if got != -EINVAL:
-                if detour.stage == DISCARD_BLOCKS:
-                    shared.no_discard = True
-                elif detour.stage == PUNCH_HOLE:
-                    shared.no_punch = True
-                else:
-                    shared.no_zero_range = True
-            detour.stage = self.next_way(request, detour.stage)
+            detour.stage = next_way(shared, request, detour.stage)
             return self.end(request, 0) if detour.stage == 0 else self.go_on(request)
         if shared.direct and got > 0:
             got -= got % <int32_t>shared.offset_alignment
         if got <= 0:        # 0: the file has become shorter
             return self.end(request, got if got < 0 else -EIO)
         if detour == NULL:
-            detour = <Detour *>calloc(1, sizeof(Detour))
+            detour = new_detour(request)
             if detour == NULL:
                 return self.end(request, -ENOMEM)
             request.home = detour
-            detour.offset = request.offset
-            detour.size = request.size
-            detour.iov = request.iov
-            detour.count = request.iov_count
         if detour.stage == CONTINUE:
             step(detour, min(<uint64_t>got, detour.size))
         elif detour.stage == WRITE_ZEROS:
@@ -596,8 +474,7 @@ cdef class UringChannel(Channel):
             return False
         part = bounce_part(detour)
         if request.op == Op.READ:
-            copy_part(request, detour.offset - request.offset,
-                      detour.buffer + (detour.offset - detour.start), part, True)
+            copy_bounce(request, detour, True)
         detour.offset += part
         detour.size -= part
         if detour.size > 0:

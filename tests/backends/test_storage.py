@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from vhostpy.backends.storage import uring as uring_module
 from vhostpy.backends.storage._storage import Op
+from vhostpy.backends.storage._uring_setup import UringUnavailable
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.files import open_file
 from vhostpy.backends.storage.gate import GateStorage
@@ -326,7 +327,7 @@ def not_built(monkeypatch):
 
 def not_allowed(monkeypatch):
     def refuse(*arguments):
-        raise uring_module.UringUnavailable("Operation not permitted")
+        raise UringUnavailable("Operation not permitted")
 
     monkeypatch.setattr(uring_module, "UringStorage", refuse)
 
