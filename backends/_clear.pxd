@@ -1,4 +1,4 @@
-"""What a guest wants cleared, discarded or zeroed: ranges in its data, as requests."""
+"""What a guest wants discarded, zeroed or erased: ranges in its data, as requests."""
 from libc.stdint cimport uint64_t
 from vhostpy.memory cimport Segment
 from vhostpy.backends._slot cimport Slot

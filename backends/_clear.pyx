@@ -1,4 +1,4 @@
-"""What a guest wants cleared, discarded or zeroed: ranges in its data, as requests.
+"""What a guest wants discarded, zeroed or erased: ranges in its data, as requests.
 
 Source: virtio 1.3, "Block Device / Device Operation": struct virtio_blk_discard_write_zeroes.
 """
@@ -37,7 +37,7 @@ cdef int clear_requests(Slot *slot, Segment *data, int count, uint64_t size, int
         sector = ranges[2 * i]
         sectors = <uint32_t>ranges[2 * i + 1]
         flags = <uint32_t>(ranges[2 * i + 1] >> 32)
-        if flags & ~<uint32_t>FLAG_UNMAP or (op == Op.DISCARD and flags):
+        if flags & ~<uint32_t>FLAG_UNMAP or (op != Op.WRITE_ZEROES and flags):
             return -S_UNSUPP
         if (sectors > CLEAR_SECTORS or sector > capacity or sectors > capacity - sector
                 or read_only):

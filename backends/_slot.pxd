@@ -18,6 +18,7 @@ cdef enum:
     T_GET_ID = 8
     T_DISCARD = 11
     T_WRITE_ZEROES = 13
+    T_SECURE_ERASE = 14
 
     S_OK = 0
     S_IOERR = 1

@@ -18,7 +18,7 @@ from vhostpy.memory cimport GuestMemory, poison
 from vhostpy.backends._clear cimport clear_requests
 from vhostpy.backends._slot cimport (
     HEADER, S_IOERR, S_OK, S_UNSUPP, SECTOR, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT,
-    T_WRITE_ZEROES, UNDER_WAY, gather, reserve,
+    T_SECURE_ERASE, T_WRITE_ZEROES, UNDER_WAY, gather, reserve,
 )
 from vhostpy.backends.blkcounters cimport counters_of
 from vhostpy.backends.latency cimport count_latency, latency_bins
@@ -254,6 +254,9 @@ cdef class DiskQueue(Pollable):
         elif kind == T_WRITE_ZEROES and self.storage.can_write_zeroes:
             value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
                                      chain.readable_bytes - HEADER, Op.WRITE_ZEROES)
+        elif kind == T_SECURE_ERASE and self.storage.can_secure_erase:
+            value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
+                                     chain.readable_bytes - HEADER, Op.SECURE_ERASE)
         else:
             value = S_UNSUPP
         if value == UNDER_WAY:
@@ -405,8 +408,10 @@ cdef class DiskQueue(Pollable):
             self.counts.flushes += 1
         elif slot.op == Op.DISCARD:
             self.counts.discards += 1
-        else:
+        elif slot.op == Op.WRITE_ZEROES:
             self.counts.write_zeroes += 1
+        else:
+            self.counts.secure_erases += 1
         self.answer(&slot.chain, slot.status, slot.status_gpa,
                     S_OK if slot.result == 0 else S_IOERR, written)
 

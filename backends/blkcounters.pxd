@@ -9,6 +9,7 @@ cdef struct BlkCounters:
     uint64_t flushes
     uint64_t discards
     uint64_t write_zeroes
+    uint64_t secure_erases
     uint64_t get_ids
     uint64_t io_errors         # the storage said no
     uint64_t bad_requests      # the guest's request made no sense: IOERR

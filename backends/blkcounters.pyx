@@ -13,6 +13,7 @@ cdef dict counters_of(const BlkCounters *counts):
         "flushes": read_once_u64(&counts.flushes),
         "discards": read_once_u64(&counts.discards),
         "write_zeroes": read_once_u64(&counts.write_zeroes),
+        "secure_erases": read_once_u64(&counts.secure_erases),
         "get_ids": read_once_u64(&counts.get_ids),
         "io_errors": read_once_u64(&counts.io_errors),
         "bad_requests": read_once_u64(&counts.bad_requests),

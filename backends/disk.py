@@ -115,6 +115,8 @@ class Disk:
                 bits.append(Feature.BLK_DISCARD)
             if self.storage.can_write_zeroes:
                 bits.append(Feature.BLK_WRITE_ZEROES)
+            if self.storage.can_secure_erase:
+                bits.append(Feature.BLK_SECURE_ERASE)
         return sum(1 << bit for bit in bits)
 
     def protocol_features(self) -> int:
@@ -126,6 +128,7 @@ class Disk:
         clears = not self.read_only
         discard = clears and self.storage.can_discard
         zeroes = clears and self.storage.can_write_zeroes
+        erase = clears and self.storage.can_secure_erase
         values = {
             "capacity": sectors,
             "size_max": 0,  # SIZE_MAX is never offered
@@ -147,9 +150,9 @@ class Disk:
             "max_write_zeroes_sectors": MAX_CLEAR_SECTORS if zeroes else 0,
             "max_write_zeroes_seg": MAX_CLEAR_SEGMENTS if zeroes else 0,
             "write_zeroes_may_unmap": int(zeroes),
-            "max_secure_erase_sectors": 0,
-            "max_secure_erase_seg": 0,
-            "secure_erase_sector_alignment": 0,
+            "max_secure_erase_sectors": MAX_CLEAR_SECTORS if erase else 0,
+            "max_secure_erase_seg": MAX_CLEAR_SEGMENTS if erase else 0,
+            "secure_erase_sector_alignment": self.block_size // SECTOR if erase else 0,
         }
         return CONFIG.pack(*(values[field] for field in CONFIG_FIELDS))
 

@@ -10,7 +10,7 @@ cdef extern from *:
     int __builtin_clzll(unsigned long long) nogil
 
 cdef enum:
-    OPS = 5                 # of _storage.Op
+    OPS = 6                 # of _storage.Op
     STEP_BITS = 2
     BINS = 252              # 2**64 ticks: (64 - STEP_BITS + 1) << STEP_BITS
 

@@ -11,6 +11,7 @@ cpdef enum Op:
     FLUSH = 2              # all writes completed before are on stable storage after it
     DISCARD = 3            # contents become undefined
     WRITE_ZEROES = 4
+    SECURE_ERASE = 5       # no copy is left where it was stored; durable when it is done
 
 cdef enum:
     REQUEST_UNMAP = 1      # write-zeroes may deallocate
@@ -38,6 +39,7 @@ cdef class Storage:
     cdef readonly bint read_only
     cdef readonly bint can_discard
     cdef readonly bint can_write_zeroes
+    cdef readonly bint can_secure_erase
 
 cdef class Channel:
     # One user's queue into a storage: used by one worker, never shared. Asynchronous:

@@ -47,7 +47,7 @@ cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int, unsigned long, ...)
 
 cdef extern from "<linux/fs.h>" nogil:
-    unsigned long BLKDISCARD
+    unsigned long BLKDISCARD, BLKSECDISCARD
 
 cdef extern from "<linux/falloc.h>" nogil:
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
@@ -197,6 +197,21 @@ cdef int clear(Pool *pool, Request *request) noexcept nogil:
     return write_zeros(pool.fd, request.offset, request.size)
 
 
+cdef int secure_erase(Pool *pool, Request *request) noexcept nogil:
+    cdef uint64_t where[2]
+    where[0], where[1] = request.offset, request.size
+    if request.size == 0:
+        return 0
+    return -errno if ioctl(pool.fd, BLKSECDISCARD, where) < 0 else 0
+
+
+cdef bint has_secure_erase(int fd):
+    """Whether the block device erases; asked with a range that none would take."""
+    cdef uint64_t where[2]
+    where[0] = where[1] = 1
+    return ioctl(fd, BLKSECDISCARD, where) < 0 and errno == EINVAL
+
+
 cdef int flush(Pool *pool) noexcept nogil:
     if pool.flush_error == 0:
         while fdatasync(pool.fd) < 0:
@@ -213,6 +228,8 @@ cdef int carry_out(Pool *pool, Request *request) noexcept nogil:
         return transfer(pool.fd, request)
     if request.op == Op.FLUSH:
         return flush(pool)
+    if request.op == Op.SECURE_ERASE:
+        return secure_erase(pool, request)
     return clear(pool, request)
 
 
@@ -268,7 +285,7 @@ cdef class FileStorage(Storage):
                  share_rw: bool = False) -> None:
         if self.pool != NULL:
             raise TypeError("made already")
-        self.image = open_image(path, read_only=read_only, block_size=block_size,
+        self.image = image = open_image(path, read_only=read_only, block_size=block_size,
                                 share_rw=share_rw)
         self.pool = <Pool *>calloc(1, sizeof(Pool))
         if self.pool == NULL:
@@ -283,6 +300,8 @@ cdef class FileStorage(Storage):
         self.block_size = self.image.block_size
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
+        self.can_secure_erase = (not read_only and image.is_device
+                                 and has_secure_erase(image.fd))
         self.name = self.image.name
 
     def channel(self) -> FileChannel:

@@ -1,7 +1,8 @@
 """A disk in anonymous memory, gone with the process.
 
-Pages appear as they are written; discarded ones go back to the system. Copies are done
-on the worker that polls, a bounded piece a poll: a guest may ask for 4 GiB at once.
+Pages appear as they are written; discarded ones go back to the system, those to be erased
+after they were overwritten. Copies are done on the worker that polls, a bounded piece a
+poll: a guest may ask for 4 GiB at once.
 """
 cimport cython
 from libc.errno cimport errno
@@ -46,7 +47,7 @@ cdef class RamStorage(Storage):
             raise ConfigError(f"RAM disk of {size} bytes: {os.strerror(errno)}",
                               hint="choose a smaller one")
         self.size_bytes = size
-        self.can_discard = self.can_write_zeroes = True
+        self.can_discard = self.can_write_zeroes = self.can_secure_erase = True
         self.name = f"ram {size_text(size)}"
 
     def __dealloc__(self):
@@ -115,10 +116,15 @@ cdef class RamChannel(Channel):
     cdef int64_t release(self, Request *request) noexcept nogil:
         """Zeros by giving pages back; parts of a page are written. What it cost."""
         cdef uint64_t start = request.offset + self.progress
-        cdef uint64_t end = min(request.offset + request.size, start + STEP_RELEASED)
+        cdef bint erases = request.op == Op.SECURE_ERASE
+        cdef uint64_t end = min(request.offset + request.size,
+                                start + <uint64_t>(STEP_BYTES if erases else STEP_RELEASED))
         cdef uint64_t first = (start + PAGE - 1) & ~<uint64_t>(PAGE - 1)
         cdef uint64_t last = end & ~<uint64_t>(PAGE - 1)
         self.progress = end - request.offset
+        if erases:
+            # The page that the system takes back holds nothing any more.
+            memset(self.storage.base + start, 0, end - start)
         if first >= last:
             memset(self.storage.base + start, 0, end - start)
             return PAGE
@@ -126,4 +132,4 @@ cdef class RamChannel(Channel):
         memset(self.storage.base + last, 0, end - last)
         if madvise(self.storage.base + first, last - first, MADV_DONTNEED) < 0:
             memset(self.storage.base + first, 0, last - first)     # locked pages
-        return <int64_t>((last - first) >> 3) + PAGE
+        return <int64_t>(end - start if erases else ((last - first) >> 3) + PAGE)

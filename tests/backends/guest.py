@@ -10,7 +10,7 @@ from vhostpy._spec import Feature
 from vhostpy.mapping import Mapping
 from vhostpy.memory import GuestMemory, RegionInfo
 
-IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, SECURE_ERASE = 0, 1, 4, 8, 11, 13, 14
 OK, IOERR, UNSUPP = 0, 1, 2
 UNTOUCHED = 0xEE
 

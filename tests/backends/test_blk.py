@@ -21,6 +21,7 @@ from tests.backends.guest import (
     IOERR,
     OK,
     OUT,
+    SECURE_ERASE,
     UNTOUCHED,
     WRITE_ZEROES,
     Guest,
@@ -283,6 +284,27 @@ def test_a_buffer_may_span_regions():
         assert (read.wait(), read.data) == (OK, bytes(range(256)) * 8)
 
 
+def test_a_secure_erase_leaves_zeros_there_and_nothing_else_changed():
+    with Machine(RamStorage(SIZE)) as machine:
+        for sector in range(0, SECTORS, 128):
+            assert machine.guest.request(OUT, sector, data=b"x" * 65536).wait() == OK
+        # More than one poll's work, and less than a page.
+        ranges = struct.pack("<QII", 3, SECTORS - 20, 0) + struct.pack("<QII", SECTORS - 9, 1, 0)
+        assert machine.guest.request(SECURE_ERASE, data=ranges).wait() == OK
+        got = b""
+        for sector in range(0, SECTORS, 128):
+            read = machine.guest.request(IN, sector, space=65536)
+            assert read.wait() == OK
+            got += read.data
+        model = bytearray(b"x" * SIZE)
+        model[3 * 512 : -17 * 512] = bytes(SIZE - 20 * 512)
+        model[-9 * 512 : -8 * 512] = bytes(512)
+        assert got == model
+        counters = machine.counters()
+        assert counters["secure_erases"] == 1 and counters["discards"] == 0
+        assert machine.disk.latency()["secure_erase"]["count"] == 1
+
+
 def test_discard_of_several_ranges_is_answered_once():
     with Machine(RamStorage(SIZE)) as machine:
         assert machine.guest.request(OUT, 0, data=b"x" * 65536).wait() == OK
@@ -540,6 +562,13 @@ def test_each_feature_comes_with_a_config_value_that_makes_sense(tmp_path):
             assert has(bit) == (not disk.read_only)
             assert (config[f"max_{name}_sectors"] > 0) == has(bit)
             assert (config[f"max_{name}_seg"] > 0) == has(bit)
+        # Zeros in a file are no promise of what lies below.
+        assert has(Feature.BLK_SECURE_ERASE) == (
+            isinstance(storage, RamStorage) and not disk.read_only
+        )
+        for name in ("max_secure_erase_sectors", "max_secure_erase_seg",
+                     "secure_erase_sector_alignment"):  # fmt: skip
+            assert (config[name] > 0) == has(Feature.BLK_SECURE_ERASE)
         assert len(disk.config()) == 96
         storage.close()
 
