@@ -10,6 +10,7 @@ from vhostpy.worker cimport Pollable, Turn, Workers
 from vhostpy.vswitch._table cimport Place, PortTable
 from vhostpy.vswitch.fdb cimport Address, ForwardingTable
 
+
 @cython.final
 cdef class Switch:
     cdef readonly object name

@@ -189,7 +189,8 @@ cdef int accept(Link *link, nbd_handle *nbd) noexcept nogil:
     link.size_bytes = <uint64_t>size
     link.commands.piece_max = PIECE_MAX
     if largest > 0:
-        link.commands.piece_max = min(<uint64_t>PIECE_MAX, <uint64_t>largest) & ~(<uint64_t>align - 1)
+        link.commands.piece_max = min(<uint64_t>PIECE_MAX, <uint64_t>largest)
+        link.commands.piece_max &= ~(<uint64_t>align - 1)
     link.can_flush = nbd_can_flush(nbd) > 0
     link.can_trim = nbd_can_trim(nbd) > 0
     link.can_zero = nbd_can_zero(nbd) > 0

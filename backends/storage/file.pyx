@@ -285,8 +285,8 @@ cdef class FileStorage(Storage):
                  share_rw: bool = False) -> None:
         if self.pool != NULL:
             raise TypeError("made already")
-        self.image = image = open_image(path, read_only=read_only, block_size=block_size,
-                                share_rw=share_rw)
+        self.image = image = open_image(
+            path, read_only=read_only, block_size=block_size, share_rw=share_rw)
         self.pool = <Pool *>calloc(1, sizeof(Pool))
         if self.pool == NULL:
             self.image.close()

@@ -318,8 +318,12 @@ def test_requests_that_hang_are_not_done_again_before_they_have_ended(
     monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
     monkeypatch.setattr(server_module, "SETTLED_S", 0.05)
     caplog.set_level(logging.INFO, "vhostpy")
+
+    async def hung_requests() -> int:  # on the thread that the disk belongs to
+        return hung_disk.status()["hung_requests"]
+
     server = Server(hung_disk, path=path)
-    with serving(server), FrontEnd(path) as guest:
+    with serving(server) as loop, FrontEnd(path) as guest:
         guest.negotiate(FEATURES, EVERYTHING)
         guest.set_mem_table()
         guest.get_inflight(RINGS, 64)
@@ -333,14 +337,18 @@ def test_requests_that_hang_are_not_done_again_before_they_have_ended(
                 guest.connect_again(path)
             assert guest.hung_up()
         gate.open()
-        eventually(lambda: not hung_disk.status()["hung_requests"])
+        eventually(lambda: not loop.run(hung_requests()))
         guest.connect_again(path)
         for queue in guest.queues.values():
             assert len(queue.wait_used()) == 1
         eventually(lambda: "works again" in caplog.text)
-        for text in ("front-end connected", "ring 0: 1 requests would be done again",
-                     "the errors before came 4 more times", "that hung have ended",
-                     "ring 0: 1 requests that were under way are done again"):
+        for text in (
+            "front-end connected",
+            "ring 0: 1 requests would be done again",
+            "the errors before came 4 more times",
+            "that hung have ended",
+            "ring 0: 1 requests that were under way are done again",
+        ):
             assert caplog.text.count(text) == 1, caplog.text
 
 
