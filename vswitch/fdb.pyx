@@ -19,13 +19,10 @@ from libc.stdint cimport uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vhostpy._hw cimport (load_acquire_u64, prefetch_read, read_once_u32, read_once_u64, spin_lock,
-                          spin_unlock, store_release_u64, write_once_u32, write_once_u64)
+from vhostpy._hw cimport (load_acquire_u64, read_once_u64, spin_lock, spin_unlock,
+                          store_release_u64, write_once_u32, write_once_u64)
 
 from vhostpy.errors import ConfigError
-
-cdef extern from *:
-    int lowest_bit "__builtin_ctz" (uint32_t) nogil
 
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
@@ -38,35 +35,10 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     HUGE_PAGE = 2 << 20
-    PLACES = 4             # in a bucket
     SEARCH_BUCKETS = 64    # looked at for an entry to evict; bounds the time under the lock
     SWEEP_BUCKETS = 4096   # looked at by one tick: the largest table takes 8 ticks
 
-cdef uint64_t OCCUPIED = 1ULL << 63   # set in every stored key: MAC 0 on VLAN 0 is a key too
 cdef uint64_t GROUP = 1ULL << 40      # of a key: the MAC's group bit
-
-cdef struct Entry:
-    uint64_t key           # with OCCUPIED; 0: a free place
-    uint64_t value         # port << 32 | second when it was last seen
-
-
-cdef inline uint64_t mix(uint64_t x) noexcept nogil:
-    # MurmurHash3's finalizer: every input bit changes every output bit.
-    x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdULL
-    x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ULL
-    return x ^ (x >> 33)
-
-
-cdef inline uint32_t matches(const Entry *bucket, uint64_t key) noexcept nogil:
-    # A bit for each place that holds the key. Without a loop, which costs as much again.
-    return (<uint32_t>(load_acquire_u64(&bucket[0].key) == key)
-            | <uint32_t>(load_acquire_u64(&bucket[1].key) == key) << 1
-            | <uint32_t>(load_acquire_u64(&bucket[2].key) == key) << 2
-            | <uint32_t>(load_acquire_u64(&bucket[3].key) == key) << 3)
-
-
-cdef inline int port_of(uint64_t value) noexcept nogil:
-    return <int>(value >> 32)
 
 
 @cython.final
@@ -103,60 +75,24 @@ cdef class ForwardingTable:
 
     # Workers ------------------------------------------------------------------------
 
-    cdef void prepare(self, Address *address, uint64_t key) noexcept nogil:
-        cdef uint64_t hash = mix(key ^ self.seed)
-        address.key = key
-        address.hash = hash
-        prefetch_read(&self.table[(hash & self.bucket_mask) * PLACES])
-        prefetch_read(&self.table[((hash >> 32) & self.bucket_mask) * PLACES])
+    cdef Entry *bucket(self, uint64_t key, int choice) noexcept nogil:
+        cdef uint64_t hash = fdb_hash(self, key)
+        if choice == 1:
+            hash >>= 32
+        return &self.table[(hash & self.bucket_mask) * PLACES]
 
-    cdef int lookup(self, const Address *address) noexcept nogil:
-        cdef Entry *entry = self.find(address.key, address.hash)
-        cdef uint64_t value
-        if entry == NULL:
-            return FDB_UNKNOWN
-        value = load_acquire_u64(&entry.value)
-        # Still that key: then this was its value. Pairs with fill() and empty(), which
-        # clear the key before they touch the value.
-        if read_once_u64(&entry.key) != (address.key | OCCUPIED) or self.is_old(value):
-            return FDB_UNKNOWN
-        return port_of(value)
-
-    cdef void learn(self, const Address *address, int port) noexcept nogil:
-        cdef Entry *entry = self.find(address.key, address.hash)
-        cdef uint64_t value = <uint64_t>port << 32 | read_once_u32(&self.now_s)
-        if entry != NULL and read_once_u64(&entry.value) == value:
-            return
+    cdef void learn_slowly(self, const Address *address, int port) noexcept nogil:
         if address.key & GROUP or port < 0 or port >= FDB_PORTS_MAX:
             return
         spin_lock(&self.lock)
         self.note(address.key, port)
         spin_unlock(&self.lock)
 
-    cdef Entry *bucket(self, uint64_t key, int choice) noexcept nogil:
-        cdef uint64_t hash = mix(key ^ self.seed)
-        if choice == 1:
-            hash >>= 32
-        return &self.table[(hash & self.bucket_mask) * PLACES]
-
-    cdef Entry *find(self, uint64_t key, uint64_t hash) noexcept nogil:
-        cdef Entry *first = &self.table[(hash & self.bucket_mask) * PLACES]
-        cdef Entry *second = &self.table[((hash >> 32) & self.bucket_mask) * PLACES]
-        cdef uint32_t match
-        cdef int place
-        key |= OCCUPIED
-        # One branch for all places: no predictor guesses in which of them a key is.
-        match = matches(first, key) | matches(second, key) << PLACES
-        if match == 0:
-            return NULL
-        place = lowest_bit(match)
-        return (first if place < PLACES else second) + (place & PLACES - 1)
-
     # Under the lock -----------------------------------------------------------------
 
     cdef void note(self, uint64_t key, int port) noexcept nogil:
         """The slow part of learn(): new, moved, or seen in a new second."""
-        cdef Entry *entry = self.find(key, mix(key ^ self.seed))
+        cdef Entry *entry = fdb_find(self, key, fdb_hash(self, key))
         if entry != NULL:
             self.renew(entry, port)
             return
@@ -171,13 +107,13 @@ cdef class ForwardingTable:
 
     cdef void renew(self, Entry *entry, int port) noexcept nogil:
         """The entry's MAC was seen now, perhaps behind another port than before."""
-        cdef int old_port = port_of(entry.value)
+        cdef int old_port = fdb_port_of(entry.value)
         if old_port != port:
             self.count_entry(old_port, -1)
             self.count_entry(port, 1)
             self.moved += 1
         # An entry that had aged out is an answer again.
-        if old_port != port or self.is_old(entry.value):
+        if old_port != port or fdb_is_old(self, entry.value):
             write_once_u64(&self.changes, self.changes + 1)
         write_once_u64(&entry.value, <uint64_t>port << 32 | self.now_s)
 
@@ -224,7 +160,7 @@ cdef class ForwardingTable:
     cdef bint evict_from(self, Entry *bucket, uint32_t share) noexcept nogil:
         cdef int i
         for i in range(PLACES):
-            if bucket[i].key != 0 and self.port_counts[port_of(bucket[i].value)] > share:
+            if bucket[i].key != 0 and self.port_counts[fdb_port_of(bucket[i].value)] > share:
                 self.empty(&bucket[i])
                 self.evicted += 1
                 return True
@@ -239,7 +175,7 @@ cdef class ForwardingTable:
 
     cdef void empty(self, Entry *entry) noexcept nogil:
         write_once_u64(&entry.key, 0)
-        self.count_entry(port_of(entry.value), -1)
+        self.count_entry(fdb_port_of(entry.value), -1)
         write_once_u64(&self.changes, self.changes + 1)
 
     cdef void count_entry(self, int port, int change) noexcept nogil:
@@ -248,12 +184,8 @@ cdef class ForwardingTable:
         self.ports_in_use += (self.port_counts[port] > 0) - was_in_use
         write_once_u32(&self.count, self.count + change)
 
-    cdef bint is_old(self, uint64_t value) noexcept nogil:
-        # Signed: an entry may have been seen after our copy of the clock was read.
-        return <int>(read_once_u32(&self.now_s) - <uint32_t>value) >= <int>self.age_s
-
     cdef bint empty_if_old(self, Entry *entry) noexcept nogil:
-        if entry.key == 0 or not self.is_old(entry.value):
+        if entry.key == 0 or not fdb_is_old(self, entry.value):
             return False
         self.empty(entry)
         self.aged += 1
@@ -268,7 +200,7 @@ cdef class ForwardingTable:
             entry = &self.table[self.swept]
             self.swept = (self.swept + 1) & (self.bucket_mask * PLACES + PLACES - 1)
             # The lock only where there is something to do: workers wait for it.
-            if read_once_u64(&entry.key) == 0 or not self.is_old(read_once_u64(&entry.value)):
+            if read_once_u64(&entry.key) == 0 or not fdb_is_old(self, read_once_u64(&entry.value)):
                 continue
             spin_lock(&self.lock)
             self.empty_if_old(entry)
@@ -301,7 +233,7 @@ cdef class ForwardingTable:
                 if read_once_u64(&entry.key) == 0:
                     continue
                 spin_lock(&self.lock)
-                if entry.key != 0 and (wanted < 0 or port_of(entry.value) == wanted):
+                if entry.key != 0 and (wanted < 0 or fdb_port_of(entry.value) == wanted):
                     self.empty(entry)
                     forgotten += 1
                 spin_unlock(&self.lock)
@@ -315,11 +247,11 @@ cdef class ForwardingTable:
         for i in range((self.bucket_mask + 1) * PLACES):
             key = load_acquire_u64(&self.table[i].key)
             value = load_acquire_u64(&self.table[i].value)
-            if key == 0 or read_once_u64(&self.table[i].key) != key or self.is_old(value):
+            if key == 0 or read_once_u64(&self.table[i].key) != key or fdb_is_old(self, value):
                 continue
             age = <int>(self.now_s - <uint32_t>value)
             mac = int(key & 0xffffffffffff).to_bytes(6, "big")
-            found.append((int(key >> 48 & 0xfff), mac, port_of(value), max(age, 0)))
+            found.append((int(key >> 48 & 0xfff), mac, fdb_port_of(value), max(age, 0)))
         return found
 
     def status(self) -> dict:
@@ -340,8 +272,8 @@ cdef class ForwardingTable:
     def port_behind(self, mac: bytes, vlan: int = 0) -> int | None:
         """The port that a MAC address is behind, None if unknown."""
         cdef Address address
-        self.prepare(&address, checked_key(mac, vlan))
-        cdef int port = self.lookup(&address)
+        fdb_prepare(self, &address, checked_key(mac, vlan))
+        cdef int port = fdb_lookup(self, &address)
         return None if port == FDB_UNKNOWN else port
 
     def seen(self, mac: bytes, port: int, vlan: int = 0) -> None:
@@ -349,8 +281,8 @@ cdef class ForwardingTable:
         if not 0 <= port < FDB_PORTS_MAX:
             raise ValueError(f"port {port} is not in 0..{FDB_PORTS_MAX - 1}")
         cdef Address address
-        self.prepare(&address, checked_key(mac, vlan))
-        self.learn(&address, port)
+        fdb_prepare(self, &address, checked_key(mac, vlan))
+        fdb_learn(self, &address, port)
 
 
 cdef uint64_t checked_key(mac, vlan) except? 0xffffffffffffffff:

@@ -24,7 +24,9 @@ from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
 from vhostpy.vswitch._masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
 from vhostpy.vswitch._table cimport new_table
-from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key
+from vhostpy.vswitch.fdb cimport (
+    FDB_PORTS_MAX, FDB_UNKNOWN, ForwardingTable, fdb_key, fdb_learn, fdb_lookup, fdb_prepare,
+)
 from vhostpy.vswitch.injector cimport Injector
 from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn, Workers
 
@@ -141,8 +143,8 @@ cdef class Forwarder(Pollable):
                     self.port.count_drop(self.queue, i, dropped[i])
 
     cdef void prepare(self, int i) noexcept nogil:
-        self.switch.fdb.prepare(&self.destinations[i], fdb_key(0, self.burst[i].head))
-        self.switch.fdb.prepare(&self.sources[i], fdb_key(0, self.burst[i].head + 6))
+        fdb_prepare(self.switch.fdb, &self.destinations[i], fdb_key(0, self.burst[i].head))
+        fdb_prepare(self.switch.fdb, &self.sources[i], fdb_key(0, self.burst[i].head + 6))
 
     cdef void prepare_all(self, uint64_t todo) noexcept nogil:
         """What the table knows of these frames' addresses comes while others are looked at."""
@@ -167,12 +169,12 @@ cdef class Forwarder(Pollable):
         if frame.head[6] & 1:
             return DROPPED - Drop.DROP_BAD_SOURCE
         self.looked_up += 1
-        self.switch.fdb.learn(&self.sources[i], self.port.index)
+        fdb_learn(self.switch.fdb, &self.sources[i], self.port.index)
         if table.attached < 2:
             return DROPPED - Drop.DROP_NO_DESTINATION
         if frame.head[0] & 1:
             return FLOOD
-        place = self.switch.fdb.lookup(&self.destinations[i])
+        place = fdb_lookup(self.switch.fdb, &self.destinations[i])
         if place == FDB_UNKNOWN or place >= table.count or table.places[place].port == NULL:
             return FLOOD
         if place == self.port.index:
