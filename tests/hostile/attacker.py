@@ -116,8 +116,10 @@ class Attacker:
     def break_ring(self) -> None:
         """What makes no sense of the ring itself: an index that jumps, a chain without end."""
         if self.packed:
-            for i in range(self.ring.size):
-                self.ring.descriptor(i, GOOD, 8, 0, NEXT | self.ring.available())
+            # Last the one that the device looks at, or it takes a chain that ends.
+            for i in reversed(range(self.ring.size)):
+                slot = (self.ring.next + i) % self.ring.size
+                self.ring.descriptor(slot, GOOD, 8, 0, NEXT | self.ring.available())
             self.kick()
         else:
             self.offer(jump=self.ring.size + 1)
