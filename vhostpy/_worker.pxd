@@ -29,6 +29,7 @@ cdef class Worker:
     cdef int wake_fd
     cdef bint may_sleep
     cdef uint64_t idle_ticks        # a pollable that found nothing for that long parks
+    cdef uint64_t least_spin        # before a sleep; at most it is idle_ticks
     cdef uint64_t look_ticks        # between two looks at epoll while something is active
     cdef uint64_t turn_ticks        # a turn that takes longer is cut after the current poll
     # The worker's.
@@ -37,6 +38,8 @@ cdef class Worker:
     cdef Scratch scratch
     cdef int active_count           # of table.active
     cdef int cursor                 # where a turn that was cut goes on
+    cdef uint64_t found_at          # ticks() of the last turn that found work
+    cdef uint64_t spin              # when nothing was found for that long, all park: it sleeps
     cdef long tid
     # Control's.
     cdef object thread
@@ -50,6 +53,7 @@ cdef class Worker:
 
     cdef void loop(self) noexcept nogil
     cdef int turn(self, Table *table) noexcept nogil
+    cdef void learn_from_sleep(self) noexcept nogil
     cdef void activate_all(self, Table *table) noexcept nogil
     cdef void activate(self, Table *table, uint64_t event) noexcept nogil
     cdef void wake(self) noexcept nogil

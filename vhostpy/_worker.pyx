@@ -65,6 +65,7 @@ cdef enum:
     LOOK_US = 50                    # a kick of a parked pollable waits at most that long
     TURN_US = 200
     BUSY_PARK_US = 1000             # poll="busy" parks too, so that idle ports cost nothing
+    SPIN_SHRINKS = 4                # by so many powers of two at most
     STUCK_NS = 200_000_000          # a turn that lasts so long is blocked in a system call
 
 cdef uint64_t WAKE = 0xffffffffffffffff     # epoll's data for the wake fd
@@ -111,7 +112,8 @@ cdef class Worker:
         self.next_serial = 1
         self.may_sleep = poll != "busy"
         park_us = {"busy": BUSY_PARK_US, "adaptive": spin_us, "interrupt": 0}[poll]
-        self.idle_ticks = <uint64_t>(park_us * rate)
+        self.idle_ticks = self.spin = <uint64_t>(park_us * rate)
+        self.least_spin = self.idle_ticks >> SPIN_SHRINKS
         self.look_ticks = <uint64_t>(LOOK_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)
         scratch_make(&self.scratch)
@@ -169,6 +171,7 @@ cdef class Worker:
                 # Whoever publishes or nudges writes to wake_fd behind it.
                 self.load.sleeps += 1
                 count = epoll_wait(self.epoll_fd, events, EVENTS, -1)
+                self.learn_from_sleep()
             else:
                 if found == 0:
                     cpu_pause()
@@ -180,16 +183,26 @@ cdef class Worker:
             if count < 0:           # EINTR
                 count = 0
 
+    cdef void learn_from_sleep(self) noexcept nogil:
+        """Spins longer where that would have met the work, and less where it was in vain."""
+        if ticks() - self.found_at < self.idle_ticks:
+            self.spin = min(self.spin << 1, self.idle_ticks)
+        else:
+            self.spin = max(self.spin >> 1, self.least_spin)
+
     # The table is the one that loop() loaded: another may be published meanwhile.
     cdef int turn(self, Table *table) noexcept nogil:
         """Polls each active pollable once; returns how many found work."""
         cdef Turn turn
         cdef Entry *entry
         cdef uint64_t start = ticks(), before = start, after, busy = 0
+        cdef uint64_t idle_ticks = self.idle_ticks
         cdef int64_t items = 0
         cdef int found, total = 0, i = self.cursor if self.cursor < self.active_count else 0
         turn.scratch = &self.scratch
         turn.worker = self.index
+        if self.may_sleep and start - self.found_at >= self.spin:
+            idle_ticks = 0
         while i < self.active_count:
             entry = &table.entries[table.active[i]]
             turn.now = before
@@ -203,7 +216,7 @@ cdef class Worker:
                 items += BUDGET_FRAMES - turn.frames
                 (<Pollable>entry.pollable).busy_at = after
                 i += 1
-            elif (after - (<Pollable>entry.pollable).busy_at >= self.idle_ticks
+            elif (after - (<Pollable>entry.pollable).busy_at >= idle_ticks
                     and entry.fds > 0):
                 if (<Pollable>entry.pollable).arm():
                     (<Pollable>entry.pollable).disarm()
@@ -221,6 +234,7 @@ cdef class Worker:
         self.cursor = i
         self.load.turns += 1
         if total > 0:
+            self.found_at = before
             self.load.busy_turns += 1
             self.load.busy_polls += total
             self.load.busy_ticks += busy

@@ -281,6 +281,22 @@ def test_idle_takes_less_than_a_hundredth_of_a_core(poll):
         assert worker_cpu_s() - before < 0.01
 
 
+def test_it_spins_less_where_that_never_meets_the_work():
+    spin_s = 0.004
+    polls = []
+    with running(spin_us=int(spin_s * 1e6)) as workers, kick() as fd:
+        probe = Probe()
+        workers.add(probe, [fd])
+        for _ in range(12):
+            before = probe.polls
+            probe.give()
+            os.eventfd_write(fd, 1)
+            eventually(lambda: probe.idle and probe.is_parked)
+            polls.append(probe.polls - before)
+            time.sleep(2 * spin_s)  # the work comes later than any spin
+    assert max(polls[-3:]) < max(polls[:3]) / 2
+
+
 def test_loads_count_only_polls_that_found_work():
     with running() as workers:
         probe = Probe()
