@@ -152,7 +152,7 @@ static inline void read_clocks(uint64_t *ns, uint64_t *at)
 /* Measures for about a millisecond; call once per process. */
 static inline double ticks_per_us(void)
 {
-    uint64_t ns0, t0, ns1, t1;
+    uint64_t ns0 = 0, t0 = 0, ns1 = 0, t1 = 0;
     read_clocks(&ns0, &t0);
     do { read_clocks(&ns1, &t1); } while (ns1 - ns0 < 1000000);
     return (double)(t1 - t0) * 1000.0 / (double)(ns1 - ns0);

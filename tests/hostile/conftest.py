@@ -69,7 +69,7 @@ def place_of(directory: Any, ports: int = 3) -> Iterator[Place]:
             innocent.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with place_of(tmp_path_factory.mktemp("attack")) as made:
         yield made
