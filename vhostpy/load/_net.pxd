@@ -62,12 +62,10 @@ cdef class NetGenerator:
     cdef readonly int broken       # 1 + index of the pair whose ring cannot be trusted
     # Settings, fixed while the loop runs.
     cdef int touch
-    cdef bint fifo
     cdef bint dirty
     cdef bint verify
     cdef bint stamps
     cdef bint broadcast
-    cdef bint mergeable
     cdef uint32_t room     # bytes of a buffer
     cdef uint32_t stride   # from one to the next
     cdef uint32_t pieces   # buffers of the longest frame
@@ -93,8 +91,6 @@ cdef class NetGenerator:
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil
     cdef uint64_t send_whole(self, Pair *pair, uint32_t count, bint prime) noexcept nogil
     cdef uint64_t send_long(self, Pair *pair, uint32_t count, bint prime) noexcept nogil
-    cdef void write_payload(self, const Segment *pieces, int count,
-                            uint64_t sequence) noexcept nogil
     cdef uint32_t next_length(self, Pair *pair, uint16_t id, bint prime) noexcept nogil
     cdef uint32_t lines_touched(self, uint32_t length) noexcept nogil
     cdef int receive(self, Pair *pair, uint64_t now) noexcept nogil
@@ -108,5 +104,5 @@ cdef class NetGenerator:
     cdef void arrived(self, Pair *pair, Pair *source, uint32_t size, uint64_t stamp,
                       uint64_t flow, uint64_t sequence, uint64_t now) noexcept nogil
     cdef void prepare(self, Pair *pair) noexcept nogil
-    cdef void write_header(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
-                           uint64_t stamp) noexcept nogil
+    cdef void begin(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
+                    uint64_t stamp) noexcept nogil

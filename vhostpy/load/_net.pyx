@@ -3,18 +3,12 @@
 It sends as a guest's driver does, whatever comes back: an open loop, since a closed one
 shrinks with each frame that is dropped. How much it touches its frames decides what can
 be seen of a device (`Touch`): one that never writes leaves all lines in the device's cache.
-
-A frame, from the virtio header on (which is 12 bytes: VERSION_1 is always negotiated):
-
-    12 destination, 18 source, 24 type, 26 stream, 28 flow, 32 sequence, 40 stamp, 48 size
-
-so that all that is written and read of it in `Touch.HEADER` lies in its first cache line.
-A stream is a sending queue pair; a flow is a pair of MAC addresses in it.
+What frames hold is `_frame`'s.
 """
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 from posix.unistd cimport write
 
 from vhostpy._hw cimport (
@@ -23,27 +17,16 @@ from vhostpy._hw cimport (
     write_once_u32, write_once_u64,
 )
 from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
+from vhostpy.load._frame cimport (
+    AT_BUFFERS, AT_FRAME, AT_PAYLOAD, AT_SEQUENCE, AT_SIZE, AT_STAMP, AT_TYPE, FRAME_LIMIT,
+    OURS, PRIME, SHORT, TEMPLATE_BYTES, TEMPLATES, Header, is_payload, kind_of, station,
+    write_header, write_payload,
+)
 from vhostpy.load._histogram cimport BINS, bin_of, value_of
 from vhostpy.memory cimport Segment, translate
 
 cdef enum:
-    AT_BUFFERS = 10         # num_buffers of the virtio header
-    AT_FRAME = 12
-    AT_TYPE = 24
-    AT_STREAM = 26
-    AT_FLOW = 28
-    AT_SEQUENCE = 32
-    AT_STAMP = 40
-    AT_SIZE = 48
-    AT_PAYLOAD = 52
-
-    OURS = 0xB588           # 0x88B5, IEEE 802: "Local Experimental", on the wire
-    PRIME = 0xB688          # 0x88B6, the other one: teaches a switch where a MAC is
-
-    TEMPLATES = 256         # payloads differ by where they start in the template
     PIECES = 64             # of one frame, at most
-    SHORT = 60              # the shortest frame, checksum excluded
-    FRAME_LIMIT = 65535 + 14 + 8
 
     # Lines are fetched so many ahead: the device has them, and one after the other each
     # would cost a way of 150 to 200 cycles.
@@ -89,17 +72,9 @@ cdef inline void kick(Pair *pair, Side *side) noexcept nogil:
         _ignored = write(side.kick_fd, &one, 8)
 
 
-cdef inline uint64_t mac_tail(uint32_t flow) noexcept nogil:
-    return (flow >> 8 & 0xff) | (flow & 0xff) << 8
-
-
-cdef inline uint64_t mac_head(uint32_t port) noexcept nogil:
-    return 0x7602 | <uint64_t>(port >> 8 & 0xff) << 16 | <uint64_t>(port & 0xff) << 24
-
-
 def mac(port: int, flow: int) -> bytes:
     """The address of a port's station number `flow`."""
-    return (<uint64_t>mac_head(port) | <uint64_t>mac_tail(flow) << 32).to_bytes(6, "little")
+    return (<uint64_t>station(port, flow)).to_bytes(6, "little")
 
 
 @cython.final
@@ -111,10 +86,9 @@ cdef class NetGenerator:
     bytes apart.
     """
 
-    def __cinit__(self, pairs, *, sizes, int touch, bint fifo=False, bint dirty=True,
-                  bint verify=False, bint stamps=False, bint broadcast=False,
-                  bint mergeable=True, int room=2048, int stride=2304, int macs=1,
-                  int burst=BURST, int window=0, double rate_pps=0.0, int ports=2):
+    def __cinit__(self, pairs, *, sizes, int touch, bint dirty=True, bint verify=False,
+                  bint stamps=False, bint broadcast=False, int room=2048, int stride=2304,
+                  int macs=1, int burst=BURST, int window=0, double rate_pps=0.0, int ports=2):
         cdef int i, senders = 0
         cdef uint64_t flows
         if not pairs or not sizes:
@@ -125,8 +99,8 @@ cdef class NetGenerator:
             raise ValueError("macs, burst or window")
         if not AT_PAYLOAD <= room <= stride or -(-(AT_FRAME + max(sizes)) // room) > PIECES:
             raise ValueError(f"frames of {max(sizes)} bytes in buffers of {room}")
-        self.touch, self.fifo, self.dirty, self.verify = touch, fifo, dirty, verify
-        self.stamps, self.broadcast, self.mergeable = stamps, broadcast, mergeable
+        self.touch, self.dirty, self.verify = touch, dirty, verify
+        self.stamps, self.broadcast = stamps, broadcast
         self.room, self.stride, self.macs, self.burst = room, stride, macs, burst
         self.window = window
         self.pieces = -(-(AT_FRAME + max(sizes)) // room)
@@ -135,7 +109,7 @@ cdef class NetGenerator:
         self.pairs = <Pair *>calloc(self.count, sizeof(Pair))
         self.size_count = len(sizes)
         self.sizes = <uint32_t *>calloc(self.size_count, sizeof(uint32_t))
-        self.template = <uint8_t *>calloc(1, FRAME_LIMIT + TEMPLATES)
+        self.template = <uint8_t *>calloc(1, TEMPLATE_BYTES)
         self.histogram = <uint64_t *>calloc(BINS, sizeof(uint64_t))
         flows = <uint64_t>self.count * macs * (ports if broadcast else 1)
         self.seen = <uint64_t *>calloc(flows if verify else 1, sizeof(uint64_t))
@@ -144,8 +118,8 @@ cdef class NetGenerator:
             raise MemoryError
         from random import Random
 
-        noise = Random(1).randbytes(FRAME_LIMIT + TEMPLATES)
-        memcpy(self.template, <const uint8_t *>noise, FRAME_LIMIT + TEMPLATES)
+        noise = Random(1).randbytes(TEMPLATE_BYTES)
+        memcpy(self.template, <const uint8_t *>noise, TEMPLATE_BYTES)
         for i in range(self.size_count):
             self.sizes[i] = sizes[i]
         self.keep = []
@@ -305,10 +279,10 @@ cdef class NetGenerator:
                     flying += lines
                     ahead += 1
                 flying -= self.lines_touched(pieces[i].length)
-                self.write_header(pair, pieces[i].hva, pieces[i].length - AT_FRAME, prime, stamp)
+                self.begin(pair, pieces[i].hva, pieces[i].length - AT_FRAME, prime, stamp)
                 stamp = 0       # one frame of each burst is timed
                 if self.touch == Touch.FRAME:
-                    self.write_payload(&pieces[i], 1, pair.sequence)
+                    write_payload(&pieces[i], 1, self.template, pair.sequence)
                 pair.sequence += not prime
         (<DriverVirtqueue>side.ring).add_burst(ids, pieces, count, False)
         return bytes
@@ -335,10 +309,10 @@ cdef class NetGenerator:
                 left -= pieces[used].length
                 used += 1
             if self.touch:
-                self.write_header(pair, pieces[0].hva, length - AT_FRAME, prime, stamp)
+                self.begin(pair, pieces[0].hva, length - AT_FRAME, prime, stamp)
                 stamp = 0
                 if self.touch == Touch.FRAME:
-                    self.write_payload(pieces, used, pair.sequence)
+                    write_payload(pieces, used, self.template, pair.sequence)
                 pair.sequence += not prime
             (<DriverVirtqueue>side.ring).add_chain(pieces, used, 0)
             bytes += length - AT_FRAME
@@ -359,35 +333,19 @@ cdef class NetGenerator:
         """Of a buffer."""
         return 1 if self.touch == Touch.HEADER else lines_of(min(length, self.room))
 
-    cdef void write_header(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
-                           uint64_t stamp) noexcept nogil:
+    cdef void begin(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
+                    uint64_t stamp) noexcept nogil:
+        """Writes the next frame's header."""
         cdef uint32_t flow = pair.flow
-        cdef uint64_t source = mac_head(pair.port) | mac_tail(flow) << 32
-        write_once_u64(at, 0)
-        write_once_u32(at + 8, 0)
-        if self.broadcast:
-            write_once_u32(at + AT_FRAME, 0xffffffff)
-            write_once_u64(at + 16, 0xffff | source << 16)
-        else:
-            write_once_u32(at + AT_FRAME, <uint32_t>mac_head(pair.peer))
-            write_once_u64(at + 16, mac_tail(flow) | source << 16)
-        write_once_u64(at + AT_TYPE, (PRIME if prime else OURS)
-                       | <uint64_t>(pair - self.pairs) << 16 | <uint64_t>flow << 32)
-        write_once_u64(at + AT_SEQUENCE, pair.sequence)
-        write_once_u64(at + AT_STAMP, stamp)
-        write_once_u32(at + AT_SIZE, size)
+        cdef Header header
+        header.destination = 0xffffffffffff if self.broadcast else station(pair.peer, flow)
+        header.source = station(pair.port, flow)
+        header.kind = kind_of(PRIME if prime else OURS, <uint16_t>(pair - self.pairs), flow)
+        header.sequence = pair.sequence
+        header.stamp = stamp
+        header.size = size
+        write_header(at, &header)
         pair.flow = flow + 1 if flow + 1 < self.macs else 0
-
-    cdef void write_payload(self, const Segment *pieces, int count,
-                            uint64_t sequence) noexcept nogil:
-        cdef const uint8_t *source = self.template + sequence % TEMPLATES
-        cdef uint32_t offset = AT_PAYLOAD, step
-        cdef int i
-        for i in range(count):
-            step = pieces[i].length - offset
-            memcpy(pieces[i].hva + offset, source, step)
-            source += step
-            offset = 0
 
     cdef void prepare(self, Pair *pair) noexcept nogil:
         """Writes all buffers once, so that no page is missing later."""
@@ -400,8 +358,8 @@ cdef class NetGenerator:
             pair.tx.lengths[i] = AT_FRAME + size
             piece.hva = buffer_of(&pair.tx, i, self.stride)
             piece.length = min(AT_FRAME + size, self.room)
-            self.write_header(pair, piece.hva, size, False, 0)
-            self.write_payload(&piece, 1, 0)
+            self.begin(pair, piece.hva, size, False, 0)
+            write_payload(&piece, 1, self.template, 0)
         pair.flow = 0
 
     # Receiving.
@@ -487,8 +445,8 @@ cdef class NetGenerator:
         sequence = read_once_u64(at + AT_SEQUENCE)
         pair.good = length <= self.room
         if self.touch == Touch.FRAME and pair.good:
-            pair.good = memcmp(at + AT_PAYLOAD, self.template + sequence % TEMPLATES,
-                               length - AT_PAYLOAD) == 0
+            pair.good = is_payload(at + AT_PAYLOAD, length - AT_PAYLOAD, sequence % TEMPLATES,
+                                   self.template)
         pair.came = length - AT_FRAME
         if unlikely(pair.left):
             pair.source = source
@@ -500,14 +458,14 @@ cdef class NetGenerator:
     cdef void look_on(self, Pair *pair, const uint8_t *at, uint32_t length,
                       uint64_t now) noexcept nogil:
         """A later buffer of a frame in several."""
-        cdef uint64_t offset = pair.arriving % TEMPLATES + pair.came - (AT_PAYLOAD - AT_FRAME)
+        cdef uint64_t place = pair.arriving % TEMPLATES + pair.came - (AT_PAYLOAD - AT_FRAME)
         pair.left -= 1
         if pair.source == NULL:
             return
-        if length > self.room or offset + length > FRAME_LIMIT + TEMPLATES:
+        if length > self.room:
             pair.good = 0
         elif self.touch == Touch.FRAME and pair.good:
-            pair.good = memcmp(at, self.template + offset, length) == 0
+            pair.good = is_payload(at, length, place, self.template)
         pair.came += length
         if pair.left == 0:
             self.arrived(pair, pair.source, pair.size, pair.stamp, pair.kind >> 32,
