@@ -96,7 +96,7 @@ def own_blk(device: Device, seconds: int, **plan: Any) -> dict[str, Any]:
         raise RuntimeError(f"{device.name}: {problem}")
     run = {"value": result["kiops"], **watch.load, "mb_s": result["mb_s"]}
     run |= _latency(result["read_latency_us" if result["reads"] else "write_latency_us"])
-    names = "generator_cycles_per_request", "generator_cpu_share"
+    names = "generator_cycles_per_request", "generator_busy_share", "generator_cpu_share"
     run |= {name: result[name] for name in names}
     return run | per_cpu(run)
 

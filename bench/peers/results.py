@@ -29,7 +29,9 @@ NOTES = {
     "they leave: it fills all rings, all ports are kicked at once, both workers wake and drain "
     "them at the same time; cycles are the first worker's, beside the same with a process for "
     "each pair of ports. ",
-    "blk": "fio runs on the device's core, on the file that vhostpy serves. ",
+    "blk": "fio runs on the device's core, on the file that vhostpy serves. The generator is busy "
+    "while requests come back or go: a device that is busy all the time, beside a generator that "
+    "is not, is what limits. ",
 }
 
 
@@ -105,6 +107,7 @@ class Results:
                     "saturates": case.saturates,
                     "cycles_per_packet": _median(runs, "cycles_per_packet"),
                     "generator_full_share": _median(runs, "generator_full_share"),
+                    "generator_busy_share": _median(runs, "generator_busy_share"),
                     "cpu_share": _median(runs, *SHARES),
                     **{name: _median(runs, name) for name in LATENCIES},
                     "error": next((run["error"] for run in runs if "error" in run), None),
@@ -207,6 +210,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     full = row["generator_full_share"] or 0.0
     if row["saturates"] and ((busy is not None and busy < BUSY) or full > FULL):
         notes.append("generator-limited")
+    if row["generator_busy_share"] is not None:
+        notes.append(f"generator {row['generator_busy_share']:.0%} busy")
     if row["cpu_share"] is not None and row["cpu_share"] < UNDISTURBED:
         notes.append(f"disturbed: {row['cpu_share']:.0%} of the cores were ours")
     if row["unit"] == "us":

@@ -79,6 +79,10 @@ def test_a_rate_that_is_the_generators_says_so(limit):
     assert made.markdown().count("| generator-limited") == 1
 
 
+def test_a_generator_says_how_busy_it_was():
+    assert "generator 62% busy" in results([run(30, generator_busy_share=0.62)], []).markdown()
+
+
 def test_lower_is_better_for_times():
     case = net.latency("l", "latency", goals={"testpmd": 1.0})
     tails = {"latency_p99_us": 4.25, "latency_p99_9_us": 9.5}

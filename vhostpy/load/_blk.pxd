@@ -36,6 +36,7 @@ cdef class BlkGenerator:
     cdef list keep         # what the queues borrow
     cdef int count         # queues
     cdef uint32_t depth
+    cdef int burst         # requests that come back, and go, in one turn of a queue
     cdef uint32_t phase    # written by control, read by the loop
     cdef uint32_t stopping
     cdef readonly int broken       # 1 + index of the queue whose ring cannot be trusted
