@@ -194,6 +194,9 @@ cdef class BlkGenerator:
         for i in range(count):
             prefetch_write(queue.control
                            + <uint64_t>queue.owner[used[i].id] * CONTROL_STRIDE)
+            if self.indirect:
+                prefetch_write(queue.control + AT_TABLE
+                               + <uint64_t>queue.owner[used[i].id] * CONTROL_STRIDE)
         now = ticks()
         for i in range(count):
             index = queue.owner[used[i].id]
