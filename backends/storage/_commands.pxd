@@ -49,3 +49,5 @@ cdef void finish(Commands *commands, Command *command, int result) noexcept nogi
 # It is done. With its last command a request goes back to the Done that is its `home`.
 cdef void fail_all(Commands *commands) noexcept nogil
 # Of what came so far, and is not on its way to a server.
+cdef void call_all(Commands *commands) noexcept nogil
+# Every channel that waits for one of them is to look again.

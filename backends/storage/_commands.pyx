@@ -9,7 +9,7 @@ from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from vhostpy.backends.storage._done cimport Done, put_done
+from vhostpy.backends.storage._done cimport Done, call_done, put_done
 from vhostpy.backends.storage._pieces cimport Position, copy_pieces, skip
 from vhostpy.backends.storage._storage cimport Op, Request
 
@@ -150,3 +150,14 @@ cdef void fail_all(Commands *commands) noexcept nogil:
         request.result = -EIO
         put_done(<Done *>request.home, request)
     commands.last = &commands.first
+
+
+cdef void call_all(Commands *commands) noexcept nogil:
+    cdef Request *request = commands.first
+    cdef int i
+    for i in range(COMMANDS):
+        if commands.all[i].state != FREE:
+            call_done(<Done *>commands.all[i].request.home)
+    while request != NULL:
+        call_done(<Done *>request.home)
+        request = request.next

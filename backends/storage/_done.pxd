@@ -11,6 +11,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *, void *)
     int pthread_mutex_destroy(pthread_mutex_t *)
     int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_trylock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
 
 cdef struct Done:
@@ -33,6 +34,15 @@ cdef inline void put_done(Done *done, Request *request) noexcept nogil:
     if done.armed:
         done.armed = 0
         # Under the lock, which close() takes: the fd is still ours.
+        write(done.fd, &one, sizeof(one))
+    pthread_mutex_unlock(&done.lock)
+
+cdef inline void call_done(Done *done) noexcept nogil:
+    # Any thread: the channel is to look again.
+    cdef uint64_t one = 1
+    pthread_mutex_lock(&done.lock)
+    if done.armed:
+        done.armed = 0
         write(done.fd, &one, sizeof(one))
     pthread_mutex_unlock(&done.lock)
 

@@ -1,5 +1,9 @@
 """One connection to an NBD server: commands survive its loss.
 
+Whoever holds its lock drives it: a worker, when it has requests for it or looks for answers,
+and never waits for the lock. Its thread does what may take long: it connects, watches for the
+end of the connection, and makes the next one. Only the thread makes and closes a handle.
+
 libnbd speaks the protocol. Here is what it leaves open: when the connection is lost,
 commands are sent again over the next one. NBD answers in any order and promises none, so
 sending all of them again is right; it is reads and idempotent writes of ranges that the
@@ -12,17 +16,19 @@ fault is contained.
 Source: NBD protocol, "Transmission phase"; libnbd(3).
 """
 from libc.errno cimport EIO, ENOMEM, ENOTCONN
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport strdup, strncpy
+from libc.string cimport memset, strdup, strncpy
 from posix.unistd cimport close, read, write
 
 from vhostpy._hw cimport clock_ns, load_acquire_u32, store_release_u32
 from vhostpy.backends.storage._commands cimport (
-    COMMANDS, OPEN, SENT, Command, Commands, bounce, cut, fail_all, finish, start_commands,
+    COMMANDS, OPEN, SENT, Command, Commands, bounce, call_all, cut, fail_all, finish,
+    start_commands,
 )
 from vhostpy.backends.storage._done cimport (
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock,
+    pthread_mutex_unlock,
 )
 from vhostpy.backends.storage._libnbd cimport *
 from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request
@@ -36,15 +42,22 @@ cdef extern from "<poll.h>" nogil:
         short events
         short revents
     int poll(pollfd *, unsigned long, int timeout_ms)
-    short POLLIN, POLLOUT
+    short POLLIN, POLLOUT, POLLRDHUP
+
+cdef extern from "<sys/epoll.h>" nogil:
+    struct epoll_event:
+        uint32_t events
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int, int)
     int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef enum:
-    PIECE_MAX = 1 << 20         # bytes of one command
+    PIECE_MAX = 1 << 19         # bytes of one command
     ALIGN_MAX = 4096
+    HEAR_MAX = 1 << 18          # a worker that took so many bytes takes no further answer now
 
     NS = 1_000_000_000
     NS_PER_MS = 1_000_000
@@ -61,50 +74,36 @@ cdef Link *new_link(const char *uri, double silence_s, double give_up_s) noexcep
         return NULL
     link.uri = strdup(uri)
     link.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if link.uri == NULL or link.wake_fd < 0:
-        free(link.uri)
-        free(link)
-        return NULL
     pthread_mutex_init(&link.lock, NULL)
     link.silence_ns = <uint64_t>(silence_s * NS)
     link.give_up_ns = <uint64_t>(give_up_s * NS)
-    link.inbox_last = &link.inbox
     link.down_ns = clock_ns()
     start_commands(&link.commands, link)
+    if link.uri == NULL or link.wake_fd < 0:
+        close_link(link)
+        free_link(link)
+        return NULL
     return link
 
 
-cdef void free_link(Link *link) noexcept nogil:
+cdef void close_link(Link *link) noexcept nogil:
     if link.nbd != NULL:
         nbd_close(link.nbd)
-    close(link.wake_fd)
+        link.nbd = NULL
+    if link.wake_fd >= 0:
+        close(link.wake_fd)
+        link.wake_fd = -1
+
+
+cdef void free_link(Link *link) noexcept nogil:
     pthread_mutex_destroy(&link.lock)
     free(link.uri)
     free(link)
 
 
-# --- From any thread -----------------------------------------------------------------------
-
 cdef void wake(Link *link) noexcept nogil:
     cdef uint64_t one = 1
     write(link.wake_fd, &one, sizeof(one))
-
-
-cdef void put(Link *link, Request **burst, int count) noexcept nogil:
-    cdef bint asleep
-    cdef int i
-    if count == 0:
-        return
-    for i in range(count):
-        burst[i].next = burst[i + 1] if i + 1 < count else NULL
-    pthread_mutex_lock(&link.lock)
-    link.inbox_last[0] = burst[0]
-    link.inbox_last = &burst[count - 1].next
-    asleep = link.asleep
-    link.asleep = False
-    pthread_mutex_unlock(&link.lock)
-    if asleep:
-        wake(link)
 
 
 cdef void stop(Link *link) noexcept nogil:
@@ -141,9 +140,18 @@ cdef int connect(Link *link, double limit_s) noexcept nogil:
     if handshake(link, nbd, clock_ns() + <uint64_t>(limit_s * NS)) < 0 or accept(link, nbd) < 0:
         nbd_close(nbd)
         return -1
+    explain(link, b"the server closed it", 0)   # unless something else is seen
+    pthread_mutex_lock(&link.lock)
     link.nbd = nbd
+    link.fd = nbd_aio_get_fd(nbd)
+    link.generation += 1
+    link.given_up = False
     link.dropped = False
     link.heard_ns = clock_ns()
+    send_again(link)
+    send_more(link)
+    call_all(&link.commands)            # to watch the new socket
+    pthread_mutex_unlock(&link.lock)
     return 0
 
 
@@ -205,6 +213,7 @@ cdef int completed(void *user_data, int *error) noexcept nogil:
     cdef Command *command = <Command *>user_data
     cdef Link *link = <Link *>command.link
     link.sent -= 1
+    link.heard_bytes += command.size
     if error[0] == ENOTCONN or error[0] == ESHUTDOWN:
         # Not an answer: the connection is gone, or the server is about to leave.
         command.state = OPEN
@@ -272,97 +281,128 @@ cdef void send_again(Link *link) noexcept nogil:
             return
 
 
-# --- The thread ----------------------------------------------------------------------------
+cdef void send_more(Link *link) noexcept nogil:
+    cdef Commands *commands = &link.commands
+    if link.sent == 0:
+        link.heard_ns = clock_ns()      # silence counts from the first command on
+    while commands.first != NULL and commands.spare != NULL and not link.dropped:
+        send(link, cut(commands))
 
-cdef void take_inbox(Link *link) noexcept nogil:
-    pthread_mutex_lock(&link.lock)
-    if link.inbox != NULL:
-        link.commands.last[0] = link.inbox
-        link.commands.last = link.inbox_last
-        link.inbox = NULL
-        link.inbox_last = &link.inbox
+
+cdef int look(Link *link, pollfd *socket) noexcept nogil:
+    """What libnbd waits for on the socket; > 0 if some of it is there."""
+    cdef unsigned direction = nbd_aio_get_direction(link.nbd)
+    socket.fd = link.fd
+    socket.events = socket.revents = 0
+    if direction & LIBNBD_AIO_DIRECTION_READ:
+        socket.events |= POLLIN
+    if direction & LIBNBD_AIO_DIRECTION_WRITE:
+        socket.events |= POLLOUT
+    return poll(socket, 1, 0)
+
+
+cdef void exchange(Link *link) noexcept nogil:
+    """Says and hears what can be, without waiting."""
+    cdef uint64_t stop_at = link.heard_bytes + HEAR_MAX
+    cdef pollfd socket
+    # Each time a look: told to read where nothing is, libnbd sends nothing until there is.
+    while (link.sent and not link.dropped and link.heard_bytes < stop_at
+           and look(link, &socket) > 0):
+        link.heard_ns = clock_ns()
+        # What poll() reports besides, an error or the end, shows when it is read.
+        if (nbd_aio_notify_write(link.nbd)
+                if socket.revents & POLLOUT or not socket.events & POLLIN
+                else nbd_aio_notify_read(link.nbd)) < 0:
+            explain_nbd(link)
+            link.dropped = True
+    send_more(link)
+    if link.dropped:
+        wake(link)
+
+
+# --- Workers -------------------------------------------------------------------------------
+
+cdef bint put(Link *link, Request **burst, int count) noexcept nogil:
+    cdef Commands *commands = &link.commands
+    cdef int i
+    if pthread_mutex_trylock(&link.lock):
+        return False
+    for i in range(count):
+        commands.last[0] = burst[i]
+        commands.last = &burst[i].next
+    commands.last[0] = NULL
+    if link.given_up:
+        fail_all(commands)
+    elif link.nbd != NULL and not link.dropped:
+        send_more(link)
+        if link.dropped:
+            wake(link)
+    pthread_mutex_unlock(&link.lock)
+    return True
+
+
+cdef void drive(Link *link) noexcept nogil:
+    if pthread_mutex_trylock(&link.lock):
+        return
+    if link.nbd != NULL and not link.dropped:
+        exchange(link)
     pthread_mutex_unlock(&link.lock)
 
 
-cdef int sleep(Link *link, pollfd *fds, int count, int timeout_ms) noexcept nogil:
-    """Until fds[1] is ready, or something came into the inbox (fds[0])."""
-    cdef uint64_t drained
-    cdef int ready
-    pthread_mutex_lock(&link.lock)
-    link.asleep = link.inbox == NULL
-    if not link.asleep:
-        timeout_ms = 0
+cdef bint attend(Link *link, Watch *watch) noexcept nogil:
+    cdef pollfd socket
+    cdef bint ready = False
+    if pthread_mutex_trylock(&link.lock):
+        return True
+    if link.nbd != NULL and not link.dropped:
+        # A look besides: an edge that came while it was polled is gone.
+        ready = look(link, &socket) > 0 or not watch_socket(link, watch, &socket)
     pthread_mutex_unlock(&link.lock)
-    fds[0].fd = link.wake_fd
-    fds[0].events = POLLIN
-    ready = poll(fds, count, timeout_ms)
-    pthread_mutex_lock(&link.lock)
-    link.asleep = False
-    pthread_mutex_unlock(&link.lock)
-    if ready > 0 and fds[0].revents:
-        read(link.wake_fd, &drained, sizeof(drained))
     return ready
 
 
-cdef void hear(Link *link) noexcept nogil:
-    """Takes answers, each at the price of a recv(), until one is not there or not whole."""
-    cdef uint32_t before = link.sent + 1
-    while link.sent < before and is_up(link.nbd):
-        before = link.sent
-        if nbd_aio_notify_read(link.nbd) < 0:
-            explain_nbd(link)
-        if link.sent == 0 or nbd_aio_get_direction(link.nbd) != LIBNBD_AIO_DIRECTION_READ:
-            return
-
-
-cdef bint exchange(Link *link) noexcept nogil:
-    """Waits for the server or the inbox, and talks with the server; False: it is gone."""
-    cdef pollfd fds[2]
-    cdef unsigned direction = nbd_aio_get_direction(link.nbd)
-    cdef uint64_t now
-    cdef int timeout_ms = -1
-    fds[1].fd = nbd_aio_get_fd(link.nbd)
-    fds[1].events = fds[1].revents = 0
-    if direction & LIBNBD_AIO_DIRECTION_READ:
-        fds[1].events |= POLLIN
-    if direction & LIBNBD_AIO_DIRECTION_WRITE:
-        fds[1].events |= POLLOUT
-    if link.sent:
-        now = clock_ns()
-        if now - link.heard_ns > link.silence_ns:
-            explain(link, b"it says nothing", 0)
-            return False
-        timeout_ms = <int>((link.silence_ns - (now - link.heard_ns)) / NS_PER_MS) + 1
-    if sleep(link, fds, 2, timeout_ms) <= 0 or not fds[1].revents:
+cdef bint watch_socket(Link *link, Watch *watch, const pollfd *socket) noexcept nogil:
+    cdef epoll_event event
+    cdef int op = EPOLL_CTL_MOD
+    if watch.generation != link.generation:     # closing the socket before ended that
+        op = EPOLL_CTL_ADD
+    elif watch.events == socket.events:
         return True
-    link.heard_ns = clock_ns()
-    # What poll() reports besides, an error or the end, shows when it is read.
-    if direction & LIBNBD_AIO_DIRECTION_WRITE and fds[1].revents & POLLOUT:
-        if nbd_aio_notify_write(link.nbd) < 0:
-            explain_nbd(link)
-    elif direction & LIBNBD_AIO_DIRECTION_READ:
-        hear(link)
-    elif nbd_aio_notify_write(link.nbd) < 0:
-        explain_nbd(link)
-    return is_up(link.nbd)
+    memset(&event, 0, sizeof(event))
+    event.events = <uint32_t>socket.events      # EPOLLIN is POLLIN
+    if epoll_ctl(watch.epoll_fd, op, socket.fd, &event) < 0:
+        return False
+    watch.generation = link.generation
+    watch.events = socket.events
+    return True
 
 
-cdef Event converse(Link *link) noexcept nogil:
-    """While the connection holds."""
-    cdef Commands *commands = &link.commands
-    cdef bint idle
-    explain(link, b"the server closed it", 0)
-    while True:
-        if load_acquire_u32(&link.stopping):
-            return STOPPED
-        take_inbox(link)
-        while commands.first != NULL and commands.spare != NULL and not link.dropped:
-            send(link, cut(commands))
-        idle = link.sent == 0
-        if link.dropped or not exchange(link) or link.dropped:
-            return LOST
-        if idle:
-            link.heard_ns = clock_ns()  # silence counts from the first request on
+cdef void leave(Link *link, Watch *watch) noexcept nogil:
+    if watch.generation != link.generation or pthread_mutex_trylock(&link.lock):
+        return
+    if link.nbd != NULL and link.sent and watch.generation == link.generation:
+        epoll_ctl(watch.epoll_fd, EPOLL_CTL_DEL, link.fd, NULL)
+        watch.generation = 0
+    pthread_mutex_unlock(&link.lock)
+
+
+# --- The thread ----------------------------------------------------------------------------
+
+cdef bint sleep(Link *link, int fd, uint64_t until_ns) noexcept nogil:
+    """Until then, or somebody wakes us; True: the server hung up on `fd`."""
+    cdef uint64_t drained, now = clock_ns()
+    cdef pollfd fds[2]
+    if now >= until_ns:
+        return False
+    fds[0].fd = link.wake_fd
+    fds[0].events = POLLIN
+    fds[1].fd = fd
+    fds[1].events = POLLRDHUP           # of what it says there workers know
+    if poll(fds, 2, <int>((until_ns - now) / NS_PER_MS) + 1) <= 0:
+        return False
+    if fds[0].revents:
+        read(link.wake_fd, &drained, sizeof(drained))
+    return fds[1].revents != 0
 
 
 cdef void hang_up(Link *link) noexcept nogil:
@@ -378,12 +418,56 @@ cdef void hang_up(Link *link) noexcept nogil:
         if link.commands.all[i].state == SENT:
             link.commands.all[i].state = OPEN
     link.sent = 0
+    link.down_ns = clock_ns()
+
+
+cdef bint still_up(Link *link, bint hung_up, uint64_t *until_ns) noexcept nogil:
+    """Wants the lock."""
+    cdef uint64_t now = clock_ns()
+    until_ns[0] = now + link.silence_ns
+    if link.sent and not hung_up:
+        until_ns[0] = link.heard_ns + link.silence_ns
+    if hung_up or now >= until_ns[0]:
+        # What it said last may still lie there.
+        if not link.dropped:
+            exchange(link)
+        until_ns[0] = link.heard_ns + link.silence_ns
+    if link.sent and now >= until_ns[0]:
+        explain(link, b"it says nothing", 0)
+        link.dropped = True
+    return not hung_up and not link.dropped
+
+
+cdef Event watch_over(Link *link) noexcept nogil:
+    """While the connection holds."""
+    cdef uint64_t until_ns
+    cdef bint hung_up = False
+    cdef bint up
+    while True:
+        if load_acquire_u32(&link.stopping):
+            return STOPPED
+        pthread_mutex_lock(&link.lock)
+        up = still_up(link, hung_up, &until_ns)
+        if not up:
+            hang_up(link)
+        pthread_mutex_unlock(&link.lock)
+        if not up:
+            return LOST
+        hung_up = sleep(link, link.fd, until_ns)
+
+
+cdef void fail(Link *link) noexcept nogil:
+    """What waits, and what comes from now on."""
+    pthread_mutex_lock(&link.lock)
+    hang_up(link)
+    link.given_up = True
+    fail_all(&link.commands)
+    pthread_mutex_unlock(&link.lock)
 
 
 cdef Event mend(Link *link) noexcept nogil:
     """Tries to connect until it works; what waits too long fails meanwhile."""
-    cdef pollfd fds[1]
-    cdef uint64_t now, next_ns
+    cdef uint64_t next_ns, give_up_ns
     cdef int pause_ms = PAUSE_MS
     while True:
         if not load_acquire_u32(&link.stopping) and connect(link, CONNECT_S) == 0:
@@ -393,32 +477,17 @@ cdef Event mend(Link *link) noexcept nogil:
         while True:
             if load_acquire_u32(&link.stopping):
                 return STOPPED
-            take_inbox(link)
-            now = clock_ns()
-            if link.given_up:
-                fail_all(&link.commands)
-            elif now - link.down_ns > link.give_up_ns:
-                link.given_up = True
-                fail_all(&link.commands)
+            give_up_ns = UINT64_MAX if link.given_up else link.down_ns + link.give_up_ns
+            if clock_ns() >= give_up_ns:
+                fail(link)
                 return GAVE_UP
-            if now >= next_ns:
+            if clock_ns() >= next_ns:
                 break
-            sleep(link, fds, 1, <int>((next_ns - now) / NS_PER_MS) + 1)
+            sleep(link, -1, min(next_ns, give_up_ns))
 
 
 cdef Event serve(Link *link) noexcept nogil:
-    cdef Event event
-    if link.nbd == NULL:
-        event = mend(link)
-        if event == MENDED:
-            link.given_up = False
-            send_again(link)
-    else:
-        event = converse(link)
-        hang_up(link)
-        link.down_ns = clock_ns()
+    cdef Event event = mend(link) if link.nbd == NULL else watch_over(link)
     if event == STOPPED:
-        hang_up(link)
-        take_inbox(link)
-        fail_all(&link.commands)
+        fail(link)
     return event

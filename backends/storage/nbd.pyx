@@ -1,27 +1,32 @@
 """A disk on an NBD server: nbdkit, qemu-nbd, another machine.
 
-Each connection has a thread, which waits for host names, TLS and the server, so that no
-worker ever does. Where the server allows it (multi-conn), the queues of a disk share a few
-connections; else all of them share one, since a flush covers only its own connection.
+Workers talk to the server themselves. Each connection has a thread, which waits for host
+names, handshakes and lost servers, so that no worker ever does. Where the server allows it
+(multi-conn), the queues of a disk share a few connections; else all of them share one, since
+a flush covers only its own connection.
 
 A connection that is lost is made again, and what it had not answered is sent again. Writes
 that the server acknowledged are its own to keep, and a server whose machine crashes may
 lose those that were not flushed: like any client we cannot notice that.
 """
 cimport cython
+from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport strlen
+from libc.string cimport memset, strlen
 from posix.signal cimport sigdelset, sigfillset, sigset_t
+from posix.unistd cimport close
 
+from vhostpy._hw cimport load_acquire_u32
 from vhostpy.backends.storage._done cimport DoneChannel
 from vhostpy.backends.storage._link cimport (
-    GAVE_UP, LOST, MENDED, STOPPED, Event, Link, connect, free_link, new_link, put, serve,
-    stop,
+    GAVE_UP, LOST, MENDED, STOPPED, Event, Link, Watch, attend, close_link, connect, drive,
+    free_link, leave, new_link, put, serve, stop,
 )
 from vhostpy.backends.storage._storage cimport Request, Storage
 
 import errno as errors
 import logging
+import os
 import re
 import threading
 
@@ -32,6 +37,14 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
     pthread_t pthread_self()
     int pthread_setname_np(pthread_t, const char *)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    struct epoll_event:
+        uint32_t events
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD
+    uint32_t EPOLLIN
 
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int, const sigset_t *, sigset_t *)
@@ -136,6 +149,7 @@ cdef class NbdStorage(Storage):
     a new connection, then fail.
     """
     cdef list links             # addresses
+    cdef list ended             # addresses of links that channels may still know
     cdef list threads
     cdef object lock
     cdef object outage
@@ -158,7 +172,7 @@ cdef class NbdStorage(Storage):
         self.name = self.uri_text(uri)
         self.uri = uri.encode(errors="surrogateescape")
         self.silence_s, self.give_up_s = silence_s, give_up_s
-        self.links, self.threads = [], []
+        self.links, self.threads, self.ended = [], [], []
         self.lock = threading.Lock()
         self.outage = Outage(self.name, give_up_s)
         link = self.add_link()
@@ -166,6 +180,7 @@ cdef class NbdStorage(Storage):
             self.open_first(link, read_only, block_size)
         except BaseException:
             self.links.clear()
+            close_link(link)
             free_link(link)
             raise
         self.start(link, True)
@@ -257,21 +272,65 @@ cdef class NbdStorage(Storage):
             if thread.is_alive():
                 log.warning("%s: still waits for the name of its server", self.name)
             else:
-                free_link(<Link *><uint64_t>address)
+                close_link(<Link *><uint64_t>address)
+                self.ended.append(address)
+
+    def __dealloc__(self):
+        for address in self.ended or ():
+            free_link(<Link *><uint64_t>address)
 
 
 @cython.final
 cdef class NbdChannel(DoneChannel):
-    cdef NbdStorage storage     # its threads, and so the links, outlive the channel
+    """Drives its link, which others may use too: their requests come back by their Done."""
+    cdef NbdStorage storage     # its links outlive the channel
     cdef Link *link
+    cdef int under_way          # requests
+    cdef bint refused           # somebody else drove the link
+    cdef Watch watch
 
     def __cinit__(self, NbdStorage storage not None, uint64_t link):
+        cdef epoll_event event
         self.storage = storage
         self.link = <Link *>link
+        memset(&event, 0, sizeof(event))
+        event.events = EPOLLIN
+        self.watch.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        if (self.watch.epoll_fd < 0
+                or epoll_ctl(self.watch.epoll_fd, EPOLL_CTL_ADD, self.done.fd, &event) < 0):
+            raise OSError(errno, os.strerror(errno))
+        self.completion_fd = self.watch.epoll_fd
 
     cdef int submit(self, Request **burst, int count) noexcept nogil:
         cdef int i
         for i in range(count):
             burst[i].home = self.done
-        put(self.link, burst, count)
+        self.refused = not put(self.link, burst, count)
+        if self.refused:
+            return 0
+        self.under_way += count
         return count
+
+    cdef int poll(self, Request **done, int limit) noexcept nogil:
+        cdef int count
+        if self.under_way and load_acquire_u32(&self.done.count) == 0:
+            drive(self.link)
+        count = DoneChannel.poll(self, done, limit)
+        self.under_way -= count
+        return count
+
+    cdef bint arm(self) noexcept nogil:
+        if self.refused or DoneChannel.arm(self):
+            self.refused = False
+            return True
+        if self.under_way:
+            return attend(self.link, &self.watch)
+        leave(self.link, &self.watch)
+        return False
+
+    def close(self) -> None:
+        """Called when no request is under way; idempotent."""
+        if self.done == NULL:
+            return
+        close(self.watch.epoll_fd)
+        DoneChannel.close(self)

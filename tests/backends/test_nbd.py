@@ -1,9 +1,11 @@
 """Disks on a real NBD server, which hangs, dies, comes back, and says no."""
 
+import contextlib
 import errno
 import logging
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -159,6 +161,44 @@ def test_a_silent_server_counts_as_lost(files):
         assert machine.guest.request(IN, space=512).wait() == IOERR
         files.resume()
         eventually(lambda: machine.guest.request(IN, space=512).wait() == OK, "the server")
+
+
+@pytest.mark.parametrize("sleepers", [1, 4])
+def test_sleepers_that_share_a_connection_each_get_their_answers(tmp_path, sleepers):
+    """Whoever drives it takes those of all; and nobody's is forgotten with its connection."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(4 * SIZE))
+    words = ["--filter=multi-conn", "file", str(image), "multi-conn-mode=disable"]
+    part, count = 4 * SIZE // sleepers, 8  # more than a socket takes: they wait for room too
+    rounds = [0] * sleepers
+
+    def churn(number, channel):
+        span = range(number * part, number * part + part, part // count)
+        for _ in range(10):
+            data = [os.urandom(part // count) for _ in span]
+            writes = [(Op.WRITE, at, len(each), each) for at, each in zip(span, data, strict=True)]
+            reads = [(Op.READ, at, part // count) for at in span]
+            wrote = channel.run_all(writes, sleep=True, timeout_s=LONG_S)
+            assert [result for result, _ in wrote] == [0] * count
+            read = channel.run_all(reads, sleep=True, timeout_s=LONG_S)
+            assert read == [(0, each) for each in data]
+            rounds[number] += 1
+
+    with (
+        Nbdkit(tmp_path, *words) as server,
+        contextlib.closing(storage_of(server)) as storage,
+        ThreadPoolExecutor(sleepers) as pool,
+    ):
+        channels = [storage.channel() for _ in rounds]
+        ends = [pool.submit(churn, *each) for each in enumerate(channels)]
+        for _ in range(3):
+            before = sum(rounds)
+            eventually(lambda seen=before: sum(rounds) > seen + sleepers, "progress")
+            server.restart()
+        for end in ends:
+            end.result()
+        for channel in channels:
+            channel.close()
 
 
 def test_a_slow_server_is_none_that_is_lost(tmp_path, caplog):
