@@ -16,6 +16,7 @@ cdef extern from "<libnbd.h>" nogil:
 
     int nbd_set_uri_allow_local_file(nbd_handle *, bint)
     int nbd_set_pread_initialize(nbd_handle *, bint)
+    int nbd_set_request_structured_replies(nbd_handle *, bint)
     int nbd_aio_connect_uri(nbd_handle *, const char *)
     int nbd_poll(nbd_handle *, int timeout_ms)
 

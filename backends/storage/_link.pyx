@@ -137,6 +137,7 @@ cdef int connect(Link *link, double limit_s) noexcept nogil:
         return -1
     nbd_set_uri_allow_local_file(nbd, True)     # tls-psk-file=
     nbd_set_pread_initialize(nbd, False)        # zeros that the answer overwrites
+    nbd_set_request_structured_replies(nbd, not link.local)
     if handshake(link, nbd, clock_ns() + <uint64_t>(limit_s * NS)) < 0 or accept(link, nbd) < 0:
         nbd_close(nbd)
         return -1

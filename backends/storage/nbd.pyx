@@ -195,6 +195,7 @@ cdef class NbdStorage(Storage):
         cdef Link *link = new_link(uri, self.silence_s, self.give_up_s)
         if link == NULL:
             raise MemoryError
+        link.local = self.uri.startswith(b"nbd+unix:")
         self.links.append(<uint64_t>link)
         return link
 

@@ -1,33 +1,42 @@
-"""A real NBD server for tests: nbdkit on a Unix socket, to be stopped, killed, started again."""
+"""A real NBD server for tests: nbdkit, to be stopped, killed, started again."""
 
 import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
 from tests.backends.guest import eventually
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 class Nbdkit:
     """`words`: flags, plugin and its parameters, as nbdkit's command line takes them."""
 
-    def __init__(self, directory: Path, *words: str) -> None:
+    def __init__(self, directory: Path, *words: str, tcp: bool = False) -> None:
         program = shutil.which("nbdkit", path=os.environ.get("PATH", "") + ":/usr/sbin")
         assert program is not None, "nbdkit is missing: run tests/peers/install.sh test"
         directory.mkdir(parents=True, exist_ok=True)
         self.socket = directory / "nbd"
+        self.uri = f"nbd+unix:///?socket={self.socket}"
+        where = ["--unix", str(self.socket)]
+        if tcp:
+            port = free_port()
+            self.uri = f"nbd://127.0.0.1:{port}"
+            where = ["--ipaddr", "127.0.0.1", "--port", str(port)]
         self._pid_file = directory / "pid"
         self._argv = [
-            program, "--foreground", "--exit-with-parent", "--unix", str(self.socket),
+            program, "--foreground", "--exit-with-parent", *where,
             "--pidfile", str(self._pid_file), *words,
         ]  # fmt: skip
         self.process = self._start()
-
-    @property
-    def uri(self) -> str:
-        return f"nbd+unix:///?socket={self.socket}"
 
     def _start(self) -> "subprocess.Popen[bytes]":
         for path in (self.socket, self._pid_file):

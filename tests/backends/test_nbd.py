@@ -30,7 +30,7 @@ SERVERS = {
         "--filter=blocksize-policy", "memory", str(SIZE), "blocksize-preferred=4096",
         "blocksize-maximum=32768", "blocksize-error-policy=error",
     ],
-    "simple replies": ["--no-sr", "memory", str(SIZE)],
+    "over TCP": ["memory", str(SIZE)],
 }  # fmt: skip
 
 mixes = st.lists(
@@ -49,7 +49,8 @@ mixes = st.lists(
 
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request, tmp_path_factory):
-    with Nbdkit(tmp_path_factory.mktemp("nbd"), *SERVERS[request.param]) as nbdkit:
+    words, tcp = SERVERS[request.param], request.param == "over TCP"
+    with Nbdkit(tmp_path_factory.mktemp("nbd"), *words, tcp=tcp) as nbdkit:
         yield nbdkit
 
 
