@@ -1,11 +1,9 @@
 """A guest's disk requests over real rings, on every storage, by real workers."""
 
-import asyncio
 import errno
 import logging
 import os
 import struct
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 
 from tests.backends.guest import (
     DISCARD,
-    FEATURES,
     FLUSH,
     GET_ID,
     GPA,
@@ -27,111 +24,12 @@ from tests.backends.guest import (
     Guest,
     eventually,
 )  # fmt: skip
-from tests.rings import base_of
+from tests.backends.machine import SECTORS, SIZE, STORAGES, Machine, each_layout
 from vhostpy._spec import Feature
-from vhostpy.backends.blk import DiskQueue
-from vhostpy.backends.disk import CONFIG, CONFIG_FIELDS, Disk
-from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.backends.storage.uring import UringStorage
-from vhostpy.errors import ConfigError, ProtocolError
 from vhostpy.memory import DirtyLog
-from vhostpy.worker import Workers
-
-SIZE = 1 << 20
-SECTORS = SIZE // 512
-
-
-def image(path, size=SIZE):
-    with open(path, "wb") as file:
-        file.truncate(size)
-    return str(path)
-
-
-class Machine:
-    """A guest, its disk, and the part of the data plane that starts and stops rings."""
-
-    def __init__(self, storage, *, poll="adaptive", workers=1, guest=None, **options):
-        self.guest = guest or Guest()
-        self.storage = storage
-        self.workers = Workers(workers, poll=poll)
-        self.disk = Disk("vb0", storage, self.workers, **options)
-        self.rings = {}
-
-    def __enter__(self):
-        self.workers.start()
-        self.disk.opened()
-        self.negotiate()
-        for index in range(len(self.guest.drivers)):
-            self.start(index)
-        return self
-
-    def __exit__(self, *_):
-        for index in list(self.rings):
-            self.stop(index, deadline_s=10)
-        self.disk.closed()
-        self.workers.stop()
-        self.storage.close()
-        self.guest.close()
-
-    def negotiate(self, without=()):
-        features = self.disk.features() & ~sum(1 << bit for bit in without)
-        with self.held():
-            self.disk.negotiated(features)
-
-    @contextmanager
-    def held(self):
-        for virtqueue in self.rings.values():
-            virtqueue.set_live(False)
-        self.workers.wait()
-        yield
-        for virtqueue in self.rings.values():
-            virtqueue.set_live(True)
-        self.workers.nudge()
-
-    def start(self, index=0, kick=True, **options):
-        virtqueue = self.guest.virtqueue(index, **options)
-        self.disk.ring_started(index, virtqueue, self.guest.kicks[index] if kick else -1)
-        self.rings[index] = virtqueue
-        self.disk.ring_enabled(index, True)
-        virtqueue.set_live(True)
-        self.workers.nudge()
-
-    def stop(self, index=0, deadline_s=5.0):
-        drained = asyncio.run(self.disk.ring_drain(index, deadline_s))
-        virtqueue = self.rings.pop(index)
-        virtqueue.set_live(False)
-        self.workers.wait()
-        self.disk.ring_stopped(index)
-        return drained, virtqueue.base
-
-    def counters(self, index=0):
-        return self.disk.status()["queues"][index]
-
-
-def opened_gate(tmp_path):
-    storage = GateStorage(SIZE)
-    storage.open()
-    return storage
-
-
-def small_gate(tmp_path):
-    storage = GateStorage(SIZE, capacity=3)
-    storage.open()
-    return storage
-
-
-STORAGES = {
-    "ram": lambda tmp_path: RamStorage(SIZE),
-    "file": lambda tmp_path: FileStorage(image(tmp_path / "disk.img")),
-    "uring": lambda tmp_path: UringStorage(image(tmp_path / "disk.img")),
-    "uring, O_DIRECT": lambda tmp_path: UringStorage(image(tmp_path / "disk.img"), direct=True),
-    "gate": opened_gate,
-    "gate that takes 3": small_gate,
-}
-
 
 # What a guest reads is what it wrote -------------------------------------------------
 
@@ -141,11 +39,6 @@ steps = st.tuples(
     st.one_of(st.integers(0, 8), st.integers(0, 200)),
     st.integers(0, 255),
     st.lists(st.integers(1, 5000), max_size=6),
-)
-
-
-each_layout = pytest.mark.parametrize(
-    "features", [FEATURES, FEATURES | 1 << Feature.RING_PACKED], ids=["split", "packed"]
 )
 
 
@@ -389,119 +282,6 @@ def test_one_bad_range_fails_the_whole_discard_once(tmp_path):
         storage.fail(0)
 
 
-# Stop, start, and hanging storages ---------------------------------------------------
-
-
-@each_layout
-def test_a_stopped_ring_starts_again_where_it_was(features):
-    with Machine(RamStorage(SIZE), guest=Guest(features=features, queue_size=16)) as machine:
-        for round_ in range(10):
-            assert machine.guest.request(OUT, round_, data=bytes([round_]) * 512).wait() == OK
-            drained, base = machine.stop()
-            if features >> Feature.RING_PACKED & 1:
-                slots = 2 * (2 * round_ + 1)  # a request's header and data, and its answer
-                assert drained and base == base_of("packed", 16, slots)
-            else:
-                assert drained and base == 2 * round_ + 1
-            sent = machine.guest.request(IN, round_, space=512)
-            assert not sent.is_done()
-            machine.start(base=base)
-            assert (sent.wait(), sent.data) == (OK, bytes([round_]) * 512)
-        assert machine.counters()["reads"] == 10, "counters outlive the ring"
-
-
-def test_drain_waits_for_what_is_under_way_and_takes_nothing_more():
-    storage = GateStorage(SIZE)
-    with Machine(storage) as machine:
-        sent = [machine.guest.request(OUT, i, data=b"x" * 512) for i in range(5)]
-        eventually(lambda: machine.counters()["inflight"] == 5)
-        assert machine.guest.memory.in_use == 5
-
-        async def drain():
-            waiting = asyncio.create_task(machine.disk.ring_drain(0, 10))
-            await asyncio.sleep(0.01)
-            assert not waiting.done()
-            late = machine.guest.request(OUT, 9, data=b"y" * 512)
-            storage.open()
-            assert await waiting
-            return late
-
-        late = asyncio.run(drain())
-        assert all(request.is_done() and request.status == OK for request in sent)
-        assert not late.is_done()
-        assert machine.guest.memory.in_use == 0
-        _, base = machine.stop()
-        assert base == 5
-        machine.start(base=base)
-        assert late.wait() == OK
-
-
-@pytest.mark.parametrize("answers_late", [True, False])
-def test_a_hung_storage_ends_the_drain_at_its_deadline_and_keeps_the_memory(answers_late):
-    storage = GateStorage(SIZE, capacity=2)
-    with Machine(storage) as machine:
-        guest = machine.guest
-        sent = [guest.request(IN, i, space=512, kick=False) for i in range(4)]
-        guest.drivers[0].kick()
-        eventually(lambda: machine.counters()["inflight"] == 4)
-        drained, _ = machine.stop(deadline_s=0.05)
-        assert not drained
-        # Two never reached the storage; two hang, and name guest memory.
-        eventually(lambda: machine.disk.status()["hung_requests"] == 2)
-        assert guest.memory.in_use == 2
-        if answers_late:
-            storage.open()
-            eventually(lambda: machine.disk.status()["hung_requests"] == 0)
-            assert guest.memory.in_use == 0
-        assert not any(request.is_done() for request in sent), "the ring is not ours any more"
-        assert all(request.status == UNTOUCHED for request in sent)
-        if not answers_late:
-            storage.open()  # only so that this process ends tidily
-            eventually(lambda: machine.disk.status()["hung_requests"] == 0)
-
-
-def test_requests_survive_a_change_of_the_memory_map():
-    storage = GateStorage(SIZE)
-    with Machine(storage) as machine:
-        guest = machine.guest
-        sent = [guest.request(OUT, i, data=bytes([i]) * 512) for i in range(3)]
-        eventually(lambda: machine.counters()["inflight"] == 3)
-        old, new = guest.memory, guest.map()
-        with machine.held():
-            machine.rings[0].remap(new)
-            storage.open()  # they complete while nobody may touch the ring
-        guest.memory = new
-        assert [request.wait() for request in sent] == [OK] * 3
-        assert (old.in_use, new.in_use) == (0, 0)
-        assert guest.request(IN, space=512).wait() == OK
-
-
-def test_a_session_that_ends_in_a_change_waits_for_requests_but_answers_none():
-    storage = GateStorage(SIZE)
-    with Machine(storage) as machine:
-        sent = machine.guest.request(OUT, data=b"x" * 512)
-        eventually(lambda: machine.counters()["inflight"] == 1)
-        machine.rings[0].set_live(False)
-        machine.workers.wait()
-        storage.open()
-        drained, _ = machine.stop()
-        assert drained and not sent.is_done()
-        assert machine.guest.memory.in_use == 0
-
-
-@pytest.mark.parametrize("kind", ["file", "uring"])
-def test_fds_and_threads_are_as_before(tmp_path, kind):
-    def fds():
-        return len(os.listdir("/proc/self/fd"))
-
-    before = fds()
-    for _ in range(3):
-        with Machine(STORAGES[kind](tmp_path), guest=Guest(queues=3)) as machine:
-            assert machine.guest.request(FLUSH, index=2).wait() == OK
-    del machine
-    assert fds() == before
-
-
 # Dirty log ---------------------------------------------------------------------------
 
 
@@ -524,99 +304,3 @@ def test_what_is_written_into_guest_memory_is_logged():
         assert write.wait() == OK
         assert set(log.pages()) - {*range(first, first + 4)} == {write.back // 4096}
     os.close(log_fd)
-
-
-# The device --------------------------------------------------------------------------
-
-
-def config_of(disk):
-    return dict(zip(CONFIG_FIELDS, CONFIG.unpack(disk.config()), strict=True))
-
-
-def test_each_feature_comes_with_a_config_value_that_makes_sense(tmp_path):
-    workers = Workers()
-    path = image(tmp_path / "disk.img")
-    for storage, options in [
-        (NullStorage(1 << 40), {}),
-        (RamStorage(SIZE), {"queues": 1}),
-        (FileStorage(path, read_only=True), {"block_size": 4096, "read_only": True}),
-        (FileStorage(path, read_only=True), {}),
-        (FileStorage(path, read_only=True, block_size=4096), {"queues": 256}),
-        (FileStorage(image(tmp_path / "other.img")), {}),
-    ]:
-        disk = Disk("vb0", storage, workers, **options)
-        config = config_of(disk)
-
-        def has(bit, disk=disk):
-            return bool(disk.features() >> bit & 1)
-
-        assert config["capacity"] == storage.size_bytes // 512
-        assert not has(Feature.BLK_SIZE_MAX) and config["size_max"] == 0
-        assert has(Feature.BLK_SEG_MAX) and config["seg_max"] == 126
-        assert has(Feature.BLK_BLK_SIZE) and config["blk_size"] in (512, 4096)
-        assert config["blk_size"] << config["physical_block_exp"] == 4096
-        assert has(Feature.BLK_MQ) == (config["num_queues"] > 1) == (disk.queue_number > 1)
-        assert has(Feature.BLK_RO) == disk.read_only
-        for name, bit in (("discard", Feature.BLK_DISCARD),
-                          ("write_zeroes", Feature.BLK_WRITE_ZEROES)):  # fmt: skip
-            assert has(bit) == (not disk.read_only)
-            assert (config[f"max_{name}_sectors"] > 0) == has(bit)
-            assert (config[f"max_{name}_seg"] > 0) == has(bit)
-        # Zeros in a file are no promise of what lies below.
-        assert has(Feature.BLK_SECURE_ERASE) == (
-            isinstance(storage, RamStorage) and not disk.read_only
-        )
-        for name in ("max_secure_erase_sectors", "max_secure_erase_seg",
-                     "secure_erase_sector_alignment"):  # fmt: skip
-            assert (config[name] > 0) == has(Feature.BLK_SECURE_ERASE)
-        assert len(disk.config()) == 96
-        storage.close()
-
-
-def test_config_offsets_are_the_standard_s():
-    # virtio 1.3, "Block Device / Device configuration layout"
-    config = Disk("vb0", RamStorage(SIZE), Workers(), queues=7).config()
-    assert struct.unpack_from("<Q", config, 0) == (SECTORS,)
-    assert struct.unpack_from("<I", config, 12) == (126,)
-    assert struct.unpack_from("<I", config, 20) == (512,)
-    assert config[24] == 3 and config[32] == 1
-    assert struct.unpack_from("<H", config, 34) == (7,)
-    assert struct.unpack_from("<III", config, 36) == (1 << 19, 32, 8)
-    assert struct.unpack_from("<II", config, 48) == (1 << 19, 32)
-    assert config[56] == 1
-
-
-@pytest.mark.parametrize(
-    ("offset", "data"),
-    [(0, bytes(8)), (32, b"\2"), (32, b"\0\0"), (33, b"\0"), (32, b""), (95, b"\0")],
-)
-def test_only_writeback_can_be_written(offset, data):
-    disk = Disk("vb0", RamStorage(SIZE), Workers())
-    before = disk.config()
-    with pytest.raises(ProtocolError, match="SET_CONFIG"):
-        disk.write_config(offset, data)
-    assert disk.config() == before
-
-
-def test_bad_options_are_the_operator_s():
-    for options in ({"queues": 0}, {"queues": 257}, {"serial": "x" * 21}, {"serial": "é"},
-                    {"block_size": 100}):  # fmt: skip
-        with pytest.raises(ConfigError, match="vb0"):
-            Disk("vb0", RamStorage(SIZE), Workers(), **options)
-    with pytest.raises(ConfigError, match="no multiple"):
-        Disk("vb0", RamStorage(SIZE - 512), Workers(), block_size=4096)
-
-
-def test_a_queue_with_requests_under_way_does_not_close():
-    storage = GateStorage(SIZE)
-    with Guest() as guest:
-        queue = DiskQueue(guest.virtqueue(), storage)
-        queue.virtqueue.set_live(True)
-        sent = guest.request(FLUSH)
-        assert queue.step() > 0
-        with pytest.raises(RuntimeError, match="1 requests"):
-            queue.close()
-        storage.open()
-        queue.step()
-        assert sent.wait() == OK
-        queue.close()

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from tests.backends.guest import DISCARD, FLUSH, IN, IOERR, OK, OUT, WRITE_ZEROES, Guest
-from tests.backends.test_blk import Machine
+from tests.backends.machine import Machine
 from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from tests.faulty import FaultyStorage
 from tests.short import short_files

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.backends.guest import DISCARD, FLUSH, IN, OK, OUT, eventually
-from tests.backends.test_blk import Machine
+from tests.backends.machine import Machine
 from vhostpy.backends import latency
 from vhostpy.backends.storage.gate import GateStorage
 

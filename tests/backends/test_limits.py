@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.backends.guest import IN, OK, OUT, Guest, eventually
-from tests.backends.test_blk import Machine
+from tests.backends.machine import Machine
 from vhostpy.backends.limits import Limits, Settings
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError

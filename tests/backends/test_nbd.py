@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.backends.guest import IN, IOERR, OK, OUT, Guest, eventually
+from tests.backends.machine import Machine
 from tests.backends.nbdkit import Nbdkit
-from tests.backends.test_blk import Machine
 from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.nbd import NbdStorage

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.backends.guest import IN, IOERR, OK, OUT, eventually
-from tests.backends.test_blk import Machine
+from tests.backends.machine import Machine
 from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from tests.ceph.cluster import POOL, Cluster
 from tests.peers.backend import Backend

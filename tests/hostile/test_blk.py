@@ -27,7 +27,7 @@ from tests.backends.guest import (
     Guest,
     eventually,
 )  # fmt: skip
-from tests.backends.test_blk import SECTORS, SIZE, Machine, image
+from tests.backends.machine import SECTORS, SIZE, Machine, image
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.gate import GateStorage

@@ -30,7 +30,7 @@ from tests.backends.guest import (
     Guest,
     eventually,
 )  # fmt: skip
-from tests.backends.test_blk import Machine, image
+from tests.backends.machine import Machine, image
 from vhostpy._spec import Feature
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.uring import UringStorage
