@@ -48,6 +48,13 @@ class Device:
                 self.process.kill()
                 self.process.wait()
 
+    @property
+    def is_gone(self) -> bool:
+        """It ended of itself, or (qemu-storage-daemon) has closed its export for good."""
+        return self.process is not None and (
+            self.process.poll() is not None or not all(map(os.path.exists, self.sockets))
+        )
+
     def pause(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGSTOP)

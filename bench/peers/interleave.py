@@ -84,6 +84,10 @@ def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str
     """One run of one device: what it gave, or the error."""
     device.resume()
     try:
+        if device.is_gone:
+            print(f"{device.name}: serves no more, is started again", file=sys.stderr)
+            device.close()
+            device.start()
         generator = device.generator or case.generator
         outcome: dict[str, Any] = generator(device, options.seconds, **case.plan | device.plan)
         outcome |= {"rate": outcome["value"], "value": outcome[case.figure]}
