@@ -29,7 +29,6 @@ cdef class Worker:
     cdef int wake_fd
     cdef bint may_sleep
     cdef uint64_t idle_ticks        # a pollable that found nothing for that long parks
-    cdef uint64_t least_spin        # before a sleep; at most it is idle_ticks
     cdef uint64_t look_ticks        # between two looks at epoll while something is active
     cdef uint64_t turn_ticks        # a turn that takes longer is cut after the current poll
     # The worker's.
@@ -39,7 +38,8 @@ cdef class Worker:
     cdef int active_count           # of table.active
     cdef int cursor                 # where a turn that was cut goes on
     cdef uint64_t found_at          # ticks() of the last turn that found work
-    cdef uint64_t spin              # when nothing was found for that long, all park: it sleeps
+    # When nothing was found for that long, all park and it sleeps; at most idle_ticks.
+    cdef uint64_t spin
     cdef long tid
     # Control's.
     cdef object thread

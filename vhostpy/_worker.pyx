@@ -113,7 +113,6 @@ cdef class Worker:
         self.may_sleep = poll != "busy"
         park_us = {"busy": BUSY_PARK_US, "adaptive": spin_us, "interrupt": 0}[poll]
         self.idle_ticks = self.spin = <uint64_t>(park_us * rate)
-        self.least_spin = self.idle_ticks >> SPIN_SHRINKS
         self.look_ticks = <uint64_t>(LOOK_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)
         scratch_make(&self.scratch)
@@ -188,7 +187,7 @@ cdef class Worker:
         if ticks() - self.found_at < self.idle_ticks:
             self.spin = min(self.spin << 1, self.idle_ticks)
         else:
-            self.spin = max(self.spin >> 1, self.least_spin)
+            self.spin = max(self.spin >> 1, self.idle_ticks >> SPIN_SHRINKS)
 
     # The table is the one that loop() loaded: another may be published meanwhile.
     cdef int turn(self, Table *table) noexcept nogil:

@@ -23,27 +23,27 @@ cdef struct Done:
     uint32_t armed
     int fd
 
+cdef inline void ring(Done *done) noexcept nogil:
+    # Wants the lock, which close() takes: the fd is still ours.
+    cdef uint64_t one = 1
+    if done.armed:
+        done.armed = 0
+        write(done.fd, &one, sizeof(one))
+
 cdef inline void put_done(Done *done, Request *request) noexcept nogil:
     # Any thread. The request is the channel's user's from here on.
-    cdef uint64_t one = 1
     request.next = NULL
     pthread_mutex_lock(&done.lock)
     done.last[0] = request
     done.last = &request.next
     store_release_u32(&done.count, done.count + 1)
-    if done.armed:
-        done.armed = 0
-        # Under the lock, which close() takes: the fd is still ours.
-        write(done.fd, &one, sizeof(one))
+    ring(done)
     pthread_mutex_unlock(&done.lock)
 
 cdef inline void call_done(Done *done) noexcept nogil:
     # Any thread: the channel is to look again.
-    cdef uint64_t one = 1
     pthread_mutex_lock(&done.lock)
-    if done.armed:
-        done.armed = 0
-        write(done.fd, &one, sizeof(one))
+    ring(done)
     pthread_mutex_unlock(&done.lock)
 
 cdef class DoneChannel(Channel):

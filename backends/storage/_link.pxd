@@ -68,6 +68,9 @@ cdef Event serve(Link *link) noexcept nogil
 cdef void stop(Link *link) noexcept nogil
 # Any thread: serve() fails what is under way, hangs up, and says STOPPED.
 
+cdef int start_watch(Watch *watch, int fd) noexcept nogil
+# With this fd in it, besides the socket; -1 and errno.
+
 # Any thread; these never wait.
 cdef bint put(Link *link, Request **burst, int count) noexcept nogil
 # Requests whose `home` is the Done that they come back to. False: somebody else drives

@@ -47,8 +47,9 @@ cdef extern from "<poll.h>" nogil:
 cdef extern from "<sys/epoll.h>" nogil:
     struct epoll_event:
         uint32_t events
+    int epoll_create1(int flags)
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int, int)
@@ -362,16 +363,25 @@ cdef bint attend(Link *link, Watch *watch) noexcept nogil:
     return ready
 
 
-cdef bint watch_socket(Link *link, Watch *watch, const pollfd *socket) noexcept nogil:
+cdef int control(Watch *watch, int op, int fd, short events) noexcept nogil:
     cdef epoll_event event
+    memset(&event, 0, sizeof(event))
+    event.events = <uint32_t>events     # EPOLLIN is POLLIN
+    return epoll_ctl(watch.epoll_fd, op, fd, &event)
+
+
+cdef int start_watch(Watch *watch, int fd) noexcept nogil:
+    watch.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+    return -1 if watch.epoll_fd < 0 else control(watch, EPOLL_CTL_ADD, fd, POLLIN)
+
+
+cdef bint watch_socket(Link *link, Watch *watch, const pollfd *socket) noexcept nogil:
     cdef int op = EPOLL_CTL_MOD
     if watch.generation != link.generation:     # closing the socket before ended that
         op = EPOLL_CTL_ADD
     elif watch.events == socket.events:
         return True
-    memset(&event, 0, sizeof(event))
-    event.events = <uint32_t>socket.events      # EPOLLIN is POLLIN
-    if epoll_ctl(watch.epoll_fd, op, socket.fd, &event) < 0:
+    if control(watch, op, socket.fd, socket.events) < 0:
         return False
     watch.generation = link.generation
     watch.events = socket.events
@@ -422,18 +432,16 @@ cdef void hang_up(Link *link) noexcept nogil:
     link.down_ns = clock_ns()
 
 
-cdef bint still_up(Link *link, bint hung_up, uint64_t *until_ns) noexcept nogil:
+cdef uint64_t silent_at_ns(Link *link) noexcept nogil:
+    """When it will have said nothing for too long, from now on where it owes nothing."""
+    return (link.heard_ns if link.sent else clock_ns()) + link.silence_ns
+
+
+cdef bint still_up(Link *link, bint hung_up) noexcept nogil:
     """Wants the lock."""
-    cdef uint64_t now = clock_ns()
-    until_ns[0] = now + link.silence_ns
-    if link.sent and not hung_up:
-        until_ns[0] = link.heard_ns + link.silence_ns
-    if hung_up or now >= until_ns[0]:
-        # What it said last may still lie there.
-        if not link.dropped:
-            exchange(link)
-        until_ns[0] = link.heard_ns + link.silence_ns
-    if link.sent and now >= until_ns[0]:
+    if not link.dropped and (hung_up or clock_ns() >= silent_at_ns(link)):
+        exchange(link)                  # what it said last may still lie there
+    if clock_ns() >= silent_at_ns(link):
         explain(link, b"it says nothing", 0)
         link.dropped = True
     return not hung_up and not link.dropped
@@ -448,8 +456,10 @@ cdef Event watch_over(Link *link) noexcept nogil:
         if load_acquire_u32(&link.stopping):
             return STOPPED
         pthread_mutex_lock(&link.lock)
-        up = still_up(link, hung_up, &until_ns)
-        if not up:
+        up = still_up(link, hung_up)
+        if up:
+            until_ns = silent_at_ns(link)
+        else:
             hang_up(link)
         pthread_mutex_unlock(&link.lock)
         if not up:

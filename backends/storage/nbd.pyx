@@ -12,7 +12,7 @@ lose those that were not flushed: like any client we cannot notice that.
 cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memset, strlen
+from libc.string cimport strlen
 from posix.signal cimport sigdelset, sigfillset, sigset_t
 from posix.unistd cimport close
 
@@ -20,7 +20,7 @@ from vhostpy._hw cimport load_acquire_u32
 from vhostpy.backends.storage._done cimport DoneChannel
 from vhostpy.backends.storage._link cimport (
     GAVE_UP, LOST, MENDED, STOPPED, Event, Link, Watch, attend, close_link, connect, drive,
-    free_link, leave, new_link, put, serve, stop,
+    free_link, leave, new_link, put, serve, start_watch, stop,
 )
 from vhostpy.backends.storage._storage cimport Request, Storage
 
@@ -37,14 +37,6 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
     pthread_t pthread_self()
     int pthread_setname_np(pthread_t, const char *)
-
-cdef extern from "<sys/epoll.h>" nogil:
-    struct epoll_event:
-        uint32_t events
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD
-    uint32_t EPOLLIN
 
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int, const sigset_t *, sigset_t *)
@@ -291,14 +283,9 @@ cdef class NbdChannel(DoneChannel):
     cdef Watch watch
 
     def __cinit__(self, NbdStorage storage not None, uint64_t link):
-        cdef epoll_event event
         self.storage = storage
         self.link = <Link *>link
-        memset(&event, 0, sizeof(event))
-        event.events = EPOLLIN
-        self.watch.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-        if (self.watch.epoll_fd < 0
-                or epoll_ctl(self.watch.epoll_fd, EPOLL_CTL_ADD, self.done.fd, &event) < 0):
+        if start_watch(&self.watch, self.done.fd) < 0:
             raise OSError(errno, os.strerror(errno))
         self.completion_fd = self.watch.epoll_fd
 

@@ -59,6 +59,10 @@ BLOCKS_MAX = 0xffffffff
 VERIFY_BLOCKS_MAX = 1 << 27
 
 
+cdef inline uint8_t *control_of(BlkQueue *queue, uint32_t index) noexcept nogil:
+    return queue.control + <uint64_t>index * CONTROL_STRIDE
+
+
 cdef inline uint64_t next_random(uint64_t *state) noexcept nogil:
     # xorshift64*: Vigna, "An experimental exploration of Marsaglia's xorshift generators"
     cdef uint64_t x = state[0]
@@ -184,6 +188,7 @@ cdef class BlkGenerator:
         cdef int count = (<DriverVirtqueue>queue.ring).collect(used, self.burst), i
         cdef uint32_t index, status
         cdef uint64_t now
+        cdef uint8_t *control
         cdef Slot *slot
         if count <= 0:
             if unlikely(count < 0):
@@ -192,18 +197,17 @@ cdef class BlkGenerator:
         # The device has written these lines, and the next request will be: all are fetched at
         # once, not one after the other.
         for i in range(count):
-            prefetch_write(queue.control
-                           + <uint64_t>queue.owner[used[i].id] * CONTROL_STRIDE)
+            control = control_of(queue, queue.owner[used[i].id])
+            prefetch_write(control)
             if self.indirect:
-                prefetch_write(queue.control + AT_TABLE
-                               + <uint64_t>queue.owner[used[i].id] * CONTROL_STRIDE)
+                prefetch_write(control + AT_TABLE)
         now = ticks()
         for i in range(count):
             index = queue.owner[used[i].id]
             slot = &queue.slots[index]
             queue.free[queue.free_count] = index
             queue.free_count += 1
-            status = read_once_u8(queue.control + <uint64_t>index * CONTROL_STRIDE + AT_STATUS)
+            status = read_once_u8(control_of(queue, index) + AT_STATUS)
             self.histograms[slot.write][bin_of(now - slot.started)] += 1
             if unlikely(status != STATUS_OK):
                 queue.count.failed += 1
@@ -298,10 +302,10 @@ cdef class BlkGenerator:
 
     cdef int offer(self, BlkQueue *queue, uint32_t index) noexcept nogil:
         cdef Slot *slot = &queue.slots[index]
-        cdef uint8_t *control = queue.control + <uint64_t>index * CONTROL_STRIDE
+        cdef uint8_t *control = control_of(queue, index)
         cdef uint64_t control_gpa = queue.control_gpa + <uint64_t>index * CONTROL_STRIDE
         cdef uint64_t data_gpa = queue.data_gpa + <uint64_t>index * self.block_bytes
-        cdef Segment pieces[3]
+        cdef Segment pieces[PIECES]
         cdef int id
         write_once_u64(control, TYPE_OUT if slot.write else TYPE_IN)
         write_once_u64(control + 8, slot.block * (self.block_bytes // SECTOR))
