@@ -38,24 +38,41 @@ def run_group(
             if options.devices and device.name not in options.devices:
                 continue
             started.append(device)
-            try:
-                device.start()
-                if ready:
-                    ready(device)
-                device.pause()
-            except Exception as error:
-                device.close()
+            if not _comes_up(device, cases, results, ready):
                 started.remove(device)
-                for case in cases:
-                    if device.name in ("vhostpy", *case.peers):
-                        results.add(case, device.name, _failed(error) | {"cores": "apart"})
-                print(f"{device.name}: {error}", file=sys.stderr)
-        for case in cases:
+        for number, case in enumerate(cases):
+            for device in [each for each in started if each.is_gone]:
+                print(f"{device.name}: serves no more, is started again", file=sys.stderr)
+                device.close()
+                if not _comes_up(device, cases[number:], results, ready):
+                    started.remove(device)
             used = [device for device in started if device.name in ("vhostpy", *case.peers)]
             interleave(case, used, results, options)
     finally:
         for device in started:
             device.close()
+
+
+def _comes_up(
+    device: Device,
+    cases: list[Case],
+    results: Results,
+    ready: Callable[[Device], None] | None,
+) -> bool:
+    """Starts it; if that fails, its cases get the error."""
+    try:
+        device.start()
+        if ready:
+            ready(device)
+        device.pause()
+    except Exception as error:
+        device.close()
+        for case in cases:
+            if device.name in ("vhostpy", *case.peers):
+                results.add(case, device.name, _failed(error) | {"cores": "apart"})
+        print(f"{device.name}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def interleave(
@@ -84,10 +101,6 @@ def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str
     """One run of one device: what it gave, or the error."""
     device.resume()
     try:
-        if device.is_gone:
-            print(f"{device.name}: serves no more, is started again", file=sys.stderr)
-            device.close()
-            device.start()
         generator = device.generator or case.generator
         outcome: dict[str, Any] = generator(device, options.seconds, **case.plan | device.plan)
         outcome |= {"rate": outcome["value"], "value": outcome[case.figure]}
