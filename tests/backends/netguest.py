@@ -9,6 +9,8 @@ from vhostpy._spec import Feature
 from vhostpy.backends.netdevice import NetDevice
 from vhostpy.mapping import Mapping
 from vhostpy.memory import GuestMemory, RegionInfo
+from vhostpy.vswitch.switch import Switch
+from vhostpy.worker import Workers
 
 UVA = 0x7F00_0000_0000
 PAGE = 4096
@@ -18,6 +20,7 @@ MRG_RXBUF = 1 << Feature.NET_MRG_RXBUF
 EVENT_IDX = 1 << Feature.EVENT_IDX
 INDIRECT = 1 << Feature.INDIRECT_DESC
 MODERN = VERSION_1 | MRG_RXBUF | EVENT_IDX | INDIRECT
+LEGACY = INDIRECT | EVENT_IDX
 PACKED = MODERN | 1 << Feature.RING_PACKED
 IN_ORDER = 1 << Feature.IN_ORDER
 
@@ -49,6 +52,11 @@ def memory_of(size: int, regions: int = 1) -> GuestMemory:
         )
     finally:
         os.close(fd)
+
+
+def device(pairs: int = 1, workers: int = 1, **more) -> NetDevice:
+    """One on a switch of its own."""
+    return NetDevice("vu0", Switch(Workers(workers)), pairs=pairs, **more)
 
 
 class Guest:

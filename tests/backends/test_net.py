@@ -9,28 +9,24 @@ from hypothesis import strategies as st
 
 from tests.backends.netguest import (
     BROADCAST,
-    EVENT_IDX,
     IN_ORDER,
     INDIRECT,
+    LEGACY,
     MODERN,
     MRG_RXBUF,
     PACKED,
     PAGE,
     VERSION_1,
     Guest,
+    device,
     frame,
     mac,
 )
-from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.backends.netdevice import NetDevice
-from vhostpy.errors import ConfigError, ProtocolError, Refused
 from vhostpy.memory import DirtyLog
-from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 BURST = 64
 LONGEST = 65535 + 14 + 8  # an IPv4 packet behind two VLAN tags
-LEGACY = INDIRECT | EVENT_IDX
 
 each_form = pytest.mark.parametrize(
     "features",
@@ -43,10 +39,6 @@ each_form = pytest.mark.parametrize(
         *("packed", "split_in_order", "packed_in_order"),
     ],
 )
-
-
-def device(pairs: int = 1, workers: int = 1, **more) -> NetDevice:
-    return NetDevice("vu0", Switch(Workers(workers)), pairs=pairs, **more)
 
 
 def guest(pairs: int = 1, **more) -> Guest:
@@ -446,55 +438,7 @@ def test_what_a_guest_sends_is_not_logged():
     assert log.pages() == []
 
 
-# The device ---------------------------------------------------------------------------------
-
-
-def test_no_offload_is_offered():
-    features = device().features()
-    for name in Feature:
-        if "CSUM" in name.name or "TSO" in name.name or "UFO" in name.name or "ECN" in name.name:
-            assert not features >> name & 1
-    for name in ("VERSION_1", "NET_MRG_RXBUF", "NET_MQ", "LOG_ALL", "PROTOCOL_FEATURES"):
-        assert features >> Feature[name] & 1
-
-
-def test_all_forms_of_a_ring_are_offered_but_no_reset():
-    """QEMU shows RING_RESET to its guest, but tells us of no reset."""
-    features = device().features()
-    for name in ("INDIRECT_DESC", "EVENT_IDX", "RING_PACKED", "IN_ORDER"):
-        assert features >> Feature[name] & 1
-    assert not features >> Feature.RING_RESET & 1
-
-
-def test_announcing_and_the_mtu_are_offered():
-    offered = device().protocol_features()
-    assert offered >> ProtocolFeature.RARP & 1
-    assert offered >> ProtocolFeature.MTU & 1
-
-
-@pytest.mark.parametrize(
-    ("features", "size", "mergeable"),
-    [(MODERN, 12, True), (VERSION_1, 12, False), (LEGACY, 10, False), (MRG_RXBUF, 12, True)],
-)
-def test_the_header_is_what_was_negotiated(features, size, mergeable):
-    d = device()
-    d.negotiated(features)
-    assert (d.status()["header_size_bytes"], d.status()["mergeable"]) == (size, mergeable)
-
-
-def test_an_mtu_above_the_ceiling_is_refused_with_both_values():
-    d = device(mtu_limit=1500)
-    d.set_mtu(1500)
-    with pytest.raises(Refused, match=r"9000.*1500"):
-        d.set_mtu(9000)
-    assert d.status()["mtu"] == 1500
-    device().set_mtu(9000)
-
-
-@pytest.mark.parametrize("pairs", [0, 129])
-def test_a_senseless_number_of_pairs_is_refused(pairs):
-    with pytest.raises(ConfigError):
-        device(pairs)
+# Many pairs, and front-ends that come and go ----------------------------------------
 
 
 def test_128_pairs_are_256_queues():
@@ -506,12 +450,6 @@ def test_128_pairs_are_256_queues():
     g.send(data(61), queue=127)
     g.kick(127)
     assert g.device.port.take(queue=127) == [data(61)]
-
-
-def test_the_config_space_is_the_front_ends():
-    assert device().config() == b""
-    with pytest.raises(ProtocolError):
-        device().write_config(0, b"\0")
 
 
 def test_a_front_end_that_goes_leaves_the_port_and_no_address():

@@ -18,18 +18,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.backends.machine import SIZE, image, opened_gate
 from vhostpy.backends.storage import uring as uring_module
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage._uring_setup import UringUnavailable
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.files import open_file
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.uring import UringStorage
 from vhostpy.errors import ConfigError
 
-SIZE = 1 << 20
 UNMAP = 1
 
 
@@ -69,18 +68,6 @@ def assert_is_a_bytearray(channel, disk_size, mix, gap=0):
     assert channel.run(Op.READ, 0, disk_size) == (0, bytes(model))
 
 
-def image(path, size=SIZE):
-    with open(path, "wb") as file:
-        file.truncate(size)
-    return str(path)
-
-
-def opened_gate():
-    storage = GateStorage(SIZE)
-    storage.open()
-    return storage
-
-
 def in_memory(tmp):
     """Where there is a tmpfs; the test's own directory has a link to it."""
     shm = tempfile.mkdtemp(dir="/dev/shm")
@@ -97,7 +84,7 @@ def uring(**options):
 STORAGES = {
     "ram": lambda tmp: RamStorage(SIZE),
     "file": lambda tmp: FileStorage(image(tmp / "disk.img")),
-    "gate": lambda tmp: opened_gate(),
+    "gate": opened_gate,
     "uring": uring(),
     "uring, in memory": lambda tmp: UringStorage(in_memory(tmp)),
     "uring as before Linux 6.1": uring(setup=1),

@@ -4,20 +4,16 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import uuid
 from pathlib import Path
 
+from tests.ports import free_port
+
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "rbd", "monmaptool")
 START_S = 60
 POOL = "disks"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Cluster:
