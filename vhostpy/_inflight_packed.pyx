@@ -31,6 +31,8 @@ cdef enum:
     OLD_FREE_HEAD = 14
     POSITIONS = 16          # all four, and padding, by one store of 8 bytes
 
+    DESCRIPTOR_FLAGS = 14   # of pvirtq_desc
+
     # DescStatePacked
     INFLIGHT = 0            # one byte, and padding
     NEXT = 2                # the next of the list
@@ -193,9 +195,11 @@ cdef list packed_recover(Tracker *tracker, Ring *ring):
         raise MemoryError
     try:
         settle(tracker, ring)
-        return find_chains(tracker, ring, seen)
+        chains = find_chains(tracker, ring, seen)
     finally:
         free(seen)
+    hide_unpublished(ring)
+    return chains
 
 
 cdef list find_chains(Tracker *tracker, Ring *ring, uint8_t *seen):
@@ -238,6 +242,18 @@ cdef list find_chains(Tracker *tracker, Ring *ring, uint8_t *seen):
     # A used descriptor takes as many slots as its chain had, so what lies between is theirs.
     ring.worker.last_avail = step(ring.worker.used_idx, count, ring.control.size)
     return chains
+
+
+cdef void hide_unpublished(Ring *ring) noexcept:
+    """Used descriptors that a kill has left behind the first of a burst that the driver was
+    not yet to see: with the next one published it would take them for used."""
+    cdef uint16_t position = ring.worker.used_idx
+    cdef uint8_t *flags_at
+    while position != ring.worker.last_avail:
+        flags_at = ring.control.desc + DESCRIPTOR_SIZE * (position & INDEX) + DESCRIPTOR_FLAGS
+        if read_once_u16(flags_at) & OWNER != available_flags(position):
+            write_once_u16(flags_at, available_flags(position))
+        position = step(position, 1, ring.control.size)
 
 
 cdef void packed_put_again(Tracker *tracker, uint16_t slot, uint16_t entry, bint more) noexcept:
