@@ -1,39 +1,42 @@
-"""A back-end that dies at a store of the real code: no chain is lost, none comes twice.
+"""A back-end that dies at any store of the real code: no chain is lost, none comes twice.
 
-The process that dies may not write to one page of the memory that it shares: so it is
-killed at its first store there, with all stores before it done and none behind it.
+The process that dies does its deeds one instruction at a time, and after each one the
+memory that it shares is looked at: each of its states is one that a kill can leave behind.
 """
 
 import ctypes
-import faulthandler
-import mmap
+import gc
 import os
+import signal
 
 import pytest
 
-from tests.rings import AVAIL, DESC, GPA, LAYOUTS, USED, Rings
+from tests.rings import AVAIL, DESC, GPA, LAYOUTS, USED, Rings, sizes_of
 from vhostpy._inflight import InflightArea, region_bytes
 
-SIZE = 1024
+SIZE = 16
 AREA = region_bytes(SIZE)
-PAGE = mmap.PAGESIZE
-# So long that the entries of each chain are remembered on another page.
-PIECES = {"split": 256, "packed": 140}
+CHAINS, PIECES = 4, 3
+LAYOUT_FEATURES = {"split": 0, "packed": 1 << 34}
+TRACEME, SINGLESTEP = 0, 9  # Linux, ptrace.h
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class Life:
-    """A ring with four chains, whose device can be made to die at a store."""
+    """A ring with four chains, whose device can be made to die."""
 
     def __init__(self, layout):
-        self.rings = Rings(layout, size=SIZE)
+        # Used so often that the deeds go past the ring's end.
+        self.rings = Rings(layout, size=SIZE, used=SIZE - PIECES)
         self.base = self.rings.device.base
         self.fd = os.memfd_create("inflight")
         os.ftruncate(self.fd, AREA)
         self.begin()
-        pieces = [(self.rings.free[0], 16)] * PIECES[layout]
-        self.ids = [self.rings.driver.add(pieces, []) for _ in range(4)]
+        pieces = [(self.rings.free[0], 16)] * PIECES
+        self.ids = [self.rings.driver.add(pieces, []) for _ in range(CHAINS)]
         self.rings.driver.kick()
         self.chains = []
 
@@ -56,31 +59,53 @@ class Life:
     def take(self, count):
         self.chains += self.device.take(count)
 
-    def give(self, *numbers):
-        self.device.give([(self.chains[number], 0) for number in numbers])
+    def give(self, *numbers, publish=True):
+        self.device.give([(self.chains[number], 0) for number in numbers], publish=publish)
 
-    def pages(self):
-        """Where it stores what others see: addresses."""
-        ring = self.rings.memory.regions[0].mapping.address - GPA
-        places = {DESC: 16 * SIZE, AVAIL: 4 + 2 * SIZE, USED: 4 + 8 * SIZE}
-        region = self.queue.mapping.address
+    def driver_sees(self):
+        return [id_ for id_, _ in self.rings.driver.used()]
+
+    def shared(self):
+        """All that outlives the device, to be read and written."""
+        guest = self.rings.memory.regions[0].mapping.address - GPA
+        sizes = sizes_of(SIZE, LAYOUT_FEATURES[self.rings.layout])
+        places = [(guest + gpa, size) for gpa, size in zip((DESC, AVAIL, USED), sizes, strict=True)]
+        places.append((self.queue.mapping.address, AREA))
         return [
-            *range(region, region + AREA, PAGE),
-            *(page for gpa, size in places.items() for page in range(gpa, gpa + size, PAGE)
-              for page in [ring + page]),
-        ]  # fmt: skip
+            memoryview((ctypes.c_char * size).from_address(at)).cast("B") for at, size in places
+        ]
 
-    def dies(self, page, deeds):
-        """Whether a process dies that does them and may not write to that page."""
+    def states(self, deeds):
+        """What lies in shared memory after each store of a process that does them."""
+        shared = self.shared()
+        states = [[bytes(part) for part in shared]]
         pid = os.fork()
         if pid == 0:
-            faulthandler.disable()
-            ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), PAGE, mmap.PROT_READ)
+            gc.disable()
+            libc.ptrace(TRACEME, 0, None, None)
+            os.kill(os.getpid(), signal.SIGSTOP)
             try:
                 deeds(self)
+                os.kill(os.getpid(), signal.SIGSTOP)
             finally:
-                os._exit(0)
-        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+                os._exit(1)
+        os.waitpid(pid, 0)
+        status = 0
+        while status in (0, signal.SIGTRAP):
+            assert libc.ptrace(SINGLESTEP, pid, None, None) == 0, os.strerror(ctypes.get_errno())
+            _, status = os.waitpid(pid, 0)
+            assert os.WIFSTOPPED(status), "the deeds went wrong"
+            status = os.WSTOPSIG(status)
+            if any(part != was for part, was in zip(shared, states[-1], strict=True)):
+                states.append([bytes(part) for part in shared])
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return states
+
+    def leave(self, state):
+        """As a process that was killed has left it."""
+        for part, was in zip(self.shared(), state, strict=True):
+            part[:] = was
 
 
 def take_all(life):
@@ -103,31 +128,37 @@ def all_of_it(life):
     life.give(3, 0)
 
 
+def come_after_a_kill(life):
+    life.give(3, 1, publish=False)
+    life.begin()
+
+
 DEEDS = {"take": (0, take_all), "give": (4, give_some), "put back": (4, put_back_some),
-         "all of it": (3, all_of_it)}  # fmt: skip
+         "all of it": (3, all_of_it), "come after a kill": (4, come_after_a_kill)}  # fmt: skip
 
 
 @layouts
 @pytest.mark.parametrize("name", DEEDS)
-def test_every_chain_comes_back_once_whichever_store_is_not_made(layout, name):
+def test_every_chain_comes_back_once_whichever_store_was_the_last(layout, name):
     taken, deeds = DEEDS[name]
     with Life(layout) as life:
-        pages = len(life.pages())
-    deaths = 0
-    for number in range(pages):
+        life.take(taken)
+        states = life.states(deeds)
+    assert len(states) >= 3, "or nothing was shown"
+    for state in states:
         with Life(layout) as life:
             life.take(taken)
-            deaths += life.dies(life.pages()[number], deeds)
-            back = [id_ for id_, _ in life.rings.driver.used()]
+            life.leave(state)
+            back = life.driver_sees()
             life.begin()
             rest = []
             while chains := life.device.take():
                 rest += chains
-            left = [id_ for id_ in life.ids if id_ not in back]
-            assert [chain.id for chain in rest] == left, f"page {number}: {back} came back"
-            life.device.give([(chain, 0) for chain in rest])
-            back += [id_ for id_, _ in life.rings.driver.used()]
-            assert sorted(back) == sorted(life.ids)
+            assert [chain.id for chain in rest] == [id_ for id_ in life.ids if id_ not in back]
+            # One by one, and not in the order in which the killed one did it.
+            for chain in rest:
+                life.device.give([(chain, 0)])
+                assert life.driver_sees() == [chain.id]
+            assert sorted(back + [chain.id for chain in rest]) == sorted(life.ids)
             life.begin()
             assert life.device.again == 0 and life.device.take() == []
-    assert deaths >= 3, "or nothing was shown"
