@@ -19,7 +19,7 @@ demo:           ## two real guests on our switch, one with our disk; prints a ta
 	@$(call compile,release,)
 	@$(PYTHON) -m tests.peers.demo
 
-test:           ## all tests, guests included; 10 minutes at most on two cores
+test:           ## all tests, guests included; 7 to 17 minutes on two cores
 	@tests/peers/install.sh test
 	@$(call compile,release,)
 	@$(PYTEST) -m "not long"
@@ -47,8 +47,8 @@ bench:          ## start-up time, idle CPU, memory, throughput
 	@$(call compile,release,)
 	@$(PYTEST) bench
 
-bench-peers:    ## vhostpy beside testpmd, OVS-DPDK, qemu-storage-daemon, fio; over an hour
-	@tests/peers/install.sh build
+bench-peers:    ## vhostpy beside testpmd, OVS-DPDK, qemu-storage-daemon, fio; two hours
+	@tests/peers/install.sh demo
 	@bench/peers/install.sh
 	@$(call compile,release,)
 	@$(PYTHON) -m bench.peers --resume

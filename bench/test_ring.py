@@ -9,6 +9,7 @@ import pytest
 
 from bench import ring_loop
 from tests.rings import BORDER, LAYOUTS, Rings
+from vhostpy._inflight import InflightArea, area_bytes
 
 ROUNDS = 2000
 CHAINS = 100_000  # in less than a millisecond: most samples are not interrupted
@@ -18,11 +19,13 @@ SIZE = 1024
 BUFFERS = [(BORDER + 2304 * i, 64) for i in range(512)]
 
 
-def cycles(benchmark, *, layout, shape=0, writable=False, **form):
+def cycles(benchmark, *, layout, shape=0, writable=False, tracked=False, **form):
     """Benchmarks round trips of bursts; leaves cycles a chain for each step."""
     samples = []
     with Rings(layout, size=SIZE, **form) as rings:
         rings.driver.disarm()
+        if tracked:
+            remember_chains(rings.device)
 
         def once():
             samples.append(
@@ -43,6 +46,17 @@ def cycles(benchmark, *, layout, shape=0, writable=False, **form):
         benchmark.extra_info[f"{step}_cycles"] = round(ticks, 1)
 
 
+def remember_chains(device):
+    """As a disk's queue does, for whoever comes after a kill."""
+    size = area_bytes(1, SIZE)
+    fd = os.memfd_create("inflight")
+    os.truncate(fd, size)
+    device.set_live(False)
+    device.track(InflightArea(fd, 0, size, 1, SIZE).queue(0))
+    device.set_live(True)
+    os.close(fd)
+
+
 @pytest.mark.parametrize("in_order", [False, True], ids=["any_order", "in_order"])
 @pytest.mark.parametrize("writable", [False, True], ids=["readable", "writable"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -53,6 +67,11 @@ def test_chains_of_one_descriptor(benchmark, layout, writable, in_order):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chains_of_four_descriptors(benchmark, layout):
     cycles(benchmark, layout=layout, shape=4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chains_that_outlive_a_kill(benchmark, layout):
+    cycles(benchmark, layout=layout, tracked=True)
 
 
 def across_cores(rings, chains, touched):

@@ -11,6 +11,7 @@ from bench.peers.devices import Device, StorageDaemon, Vhostpy
 from bench.peers.fio import Fio
 from bench.peers.generators import fill, own_blk, seldom
 from bench.peers.interleave import run_group
+from bench.peers.qemu_img import qemu_img
 from bench.peers.results import Results
 
 GIB = 1 << 30
@@ -27,10 +28,15 @@ latency = partial(
 
 
 def _null() -> list[Case]:
-    goals = {1: 30.0, 16: 3.2, 64: 3.5, 128: 4.5}
+    goals = {1: {}, 16: {"qsd": 3.2}, 64: {"qsd": 3.5}, 128: {"qsd": 4.5}}
     return [
+        rate("null-1-libblkio", "null storage, 4 KiB read, depth 1, by qemu-img bench",
+             generator=qemu_img, plan={"depth": 1}, goals={"qsd": 30.0}, saturates=False),
+        rate("null-1-libblkio-adaptive", "the same, adaptive polling", generator=qemu_img,
+             plan={"depth": 1}, poll="adaptive", saturates=False),
+    ] + [
         rate(f"null-{depth}", f"null storage, 4 KiB random read, depth {depth}",
-             plan={"depth": depth}, goals={"qsd": goal}, chart=depth, saturates=depth > 1)
+             plan={"depth": depth}, goals=goal, chart=depth, saturates=depth > 1)
         for depth, goal in goals.items()
     ] + [
         rate(f"null-{depth}-adaptive", f"the same, depth {depth}, adaptive polling",
