@@ -107,6 +107,7 @@ cdef class DiskQueue(Pollable):
                 found += 1      # it works only when polled
         if self.virtqueue.unpublished():
             self.virtqueue.publish()
+        self.under_way = self.free_count < self.slot_count
         return found
 
     cdef bint arm(self) noexcept nogil:

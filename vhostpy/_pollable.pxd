@@ -25,6 +25,7 @@ cdef class Pollable:
     # Idle for a while: ask for a kick. True: work is there already, do not sleep.
     cdef void disarm(self) noexcept nogil
     # Polled again: no kicks needed.
+    cdef bint under_way    # poll's: work that it has begun will end by itself, without a kick
     cdef int slot          # control's: place in its worker's table; -1 when in none
     cdef object home       # control's: the Worker whose table it is in, or None
     cdef uint64_t busy_at  # worker's: ticks() of the last poll that found work

@@ -91,6 +91,10 @@ cdef class Probe(Pollable):
         """One more piece of work, without a kick."""
         store_release_u64(&self.wanted, self.wanted + 1)
 
+    def begin(self) -> None:
+        """What it will find is work of its own, under way from now on."""
+        self.under_way = True
+
     def jam(self, int fd) -> None:
         """The next poll writes to `fd`, which may block."""
         self.jam_fd = fd

@@ -38,8 +38,10 @@ cdef class Worker:
     cdef int active_count           # of table.active
     cdef int cursor                 # where a turn that was cut goes on
     cdef uint64_t found_at          # ticks() of the last turn that found work
-    # When nothing was found for that long, all park and it sleeps; at most idle_ticks.
+    # When nothing was found for that long, those park that have work under way; at most
+    # idle_ticks.
     cdef uint64_t spin
+    cdef bint slept_under_way       # one of them has, since the last sleep
     cdef long tid
     # Control's.
     cdef object thread
@@ -54,6 +56,7 @@ cdef class Worker:
     cdef void loop(self) noexcept nogil
     cdef int turn(self, Table *table) noexcept nogil
     cdef void learn_from_sleep(self) noexcept nogil
+    cdef bint idles(self, Pollable pollable, uint64_t now, bint spun) noexcept nogil
     cdef void activate_all(self, Table *table) noexcept nogil
     cdef void activate(self, Table *table, uint64_t event) noexcept nogil
     cdef void wake(self) noexcept nogil

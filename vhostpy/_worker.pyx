@@ -170,7 +170,8 @@ cdef class Worker:
                 # Whoever publishes or nudges writes to wake_fd behind it.
                 self.load.sleeps += 1
                 count = epoll_wait(self.epoll_fd, events, EVENTS, -1)
-                self.learn_from_sleep()
+                if self.slept_under_way:
+                    self.learn_from_sleep()
             else:
                 if found == 0:
                     cpu_pause()
@@ -183,7 +184,10 @@ cdef class Worker:
                 count = 0
 
     cdef void learn_from_sleep(self) noexcept nogil:
-        """Spins longer where that would have met the work, and less where it was in vain."""
+        """What is under way takes its time: spins longer where that would have met its end,
+        and less where it was in vain. Not so for what others begin: they may be slow only
+        because we slept, and would have come at once."""
+        self.slept_under_way = False
         if ticks() - self.found_at < self.idle_ticks:
             self.spin = min(self.spin << 1, self.idle_ticks)
         else:
@@ -195,13 +199,11 @@ cdef class Worker:
         cdef Turn turn
         cdef Entry *entry
         cdef uint64_t start = ticks(), before = start, after, busy = 0
-        cdef uint64_t idle_ticks = self.idle_ticks
         cdef int64_t items = 0
         cdef int found, total = 0, i = self.cursor if self.cursor < self.active_count else 0
+        cdef bint spun = self.may_sleep and start - self.found_at >= self.spin
         turn.scratch = &self.scratch
         turn.worker = self.index
-        if self.may_sleep and start - self.found_at >= self.spin:
-            idle_ticks = 0
         while i < self.active_count:
             entry = &table.entries[table.active[i]]
             turn.now = before
@@ -215,14 +217,14 @@ cdef class Worker:
                 items += BUDGET_FRAMES - turn.frames
                 (<Pollable>entry.pollable).busy_at = after
                 i += 1
-            elif (after - (<Pollable>entry.pollable).busy_at >= idle_ticks
-                    and entry.fds > 0):
+            elif entry.fds > 0 and self.idles(<Pollable>entry.pollable, after, spun):
                 if (<Pollable>entry.pollable).arm():
                     (<Pollable>entry.pollable).disarm()
                     (<Pollable>entry.pollable).busy_at = after
                     i += 1
                 else:
                     (<Pollable>entry.pollable).parked = True
+                    self.slept_under_way |= (<Pollable>entry.pollable).under_way
                     self.active_count -= 1
                     table.active[i] = table.active[self.active_count]
             else:
@@ -239,6 +241,11 @@ cdef class Worker:
             self.load.busy_ticks += busy
             self.load.items += items
         return total
+
+    cdef bint idles(self, Pollable pollable, uint64_t now, bint spun) noexcept nogil:
+        """It has found nothing for so long that it may park."""
+        return (spun and pollable.under_way
+                or now - pollable.busy_at >= self.idle_ticks)
 
     cdef void activate_all(self, Table *table) noexcept nogil:
         cdef uint64_t now = ticks()
