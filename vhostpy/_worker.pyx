@@ -28,31 +28,15 @@ from vhostpy._hw cimport (
     store_fence_u64, store_release_ptr, store_release_u32, store_release_u64, ticks,
     ticks_per_us, unlikely,
 )
+from vhostpy._linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD, epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, pthread_self,
+    pthread_setname_np,
+)
 from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES
 from vhostpy.notify cimport interrupt_thread, only_faults_and_interrupts
 
 from vhostpy.errors import ProtocolError
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
-    int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-    uint32_t EPOLLIN, EPOLLET
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int initval, int flags)
-    int EFD_CLOEXEC, EFD_NONBLOCK
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef unsigned long pthread_t
-    pthread_t pthread_self()
-    int pthread_setname_np(pthread_t thread, const char *name)
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_gettid

@@ -14,14 +14,11 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
 from vhostpy._hw cimport fence_full
+from vhostpy._linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
 from vhostpy._worker cimport Table, Worker, signal_fd
 from vhostpy.notify cimport start_watchdog
 
 from vhostpy.errors import ConfigError
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int initval, int flags)
-    int EFD_CLOEXEC, EFD_NONBLOCK
 
 POLL_MODES = ("adaptive", "busy", "interrupt")
 

@@ -5,13 +5,10 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
 from vhostpy._hw cimport load_acquire_u32
+from vhostpy._linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
 from vhostpy.backends.storage._storage cimport Channel, Request
 
 import os
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int, int)
-    int EFD_CLOEXEC, EFD_NONBLOCK
 
 
 cdef class DoneChannel(Channel):

@@ -22,6 +22,10 @@ from libc.string cimport memset, strdup, strncpy
 from posix.unistd cimport close, read, write
 
 from vhostpy._hw cimport clock_ns, load_acquire_u32, store_release_u32
+from vhostpy._linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD,
+    epoll_create1, epoll_ctl, epoll_event, eventfd,
+)
 from vhostpy.backends.storage._commands cimport (
     COMMANDS, OPEN, SENT, Command, Commands, bounce, call_all, cut, fail_all, finish,
     start_commands,
@@ -43,17 +47,6 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int poll(pollfd *, unsigned long, int timeout_ms)
     short POLLIN, POLLOUT, POLLRDHUP
-
-cdef extern from "<sys/epoll.h>" nogil:
-    struct epoll_event:
-        uint32_t events
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int, int)
-    int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef enum:
     PIECE_MAX = 1 << 19         # bytes of one command

@@ -13,6 +13,10 @@ from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport fdatasync
 
+from vhostpy._linux cimport (
+    FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, pthread_self,
+    pthread_setname_np,
+)
 from vhostpy.backends.storage._done cimport (
     Done, DoneChannel, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, put_done,
@@ -27,14 +31,11 @@ from vhostpy.backends.storage.image import open_image
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_cond_t:
         pass
-    ctypedef unsigned long pthread_t
     int pthread_cond_init(pthread_cond_t *, void *)
     int pthread_cond_destroy(pthread_cond_t *)
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_signal(pthread_cond_t *)
     int pthread_cond_broadcast(pthread_cond_t *)
-    pthread_t pthread_self()
-    int pthread_setname_np(pthread_t, const char *)
 
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int, const sigset_t *, sigset_t *)
@@ -48,9 +49,6 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<linux/fs.h>" nogil:
     unsigned long BLKDISCARD, BLKSECDISCARD
-
-cdef extern from "<linux/falloc.h>" nogil:
-    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
 cdef enum:
     THREADS = 8             # requests that the kernel has at a time

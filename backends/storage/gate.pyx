@@ -5,16 +5,13 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t
 from posix.unistd cimport close
 
 from vhostpy._hw cimport load_acquire_u32, store_release_u32
+from vhostpy._linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
 from vhostpy.backends.storage._storage cimport Channel, Request, Storage
 
 import os
 
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.ram import RamStorage
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int, int)
-    int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef enum:
     PASSED = 64

@@ -17,6 +17,7 @@ from posix.signal cimport sigdelset, sigfillset, sigset_t
 from posix.unistd cimport close
 
 from vhostpy._hw cimport load_acquire_u32
+from vhostpy._linux cimport pthread_self, pthread_setname_np
 from vhostpy.backends.storage._done cimport DoneChannel
 from vhostpy.backends.storage._link cimport (
     GAVE_UP, LOST, MENDED, STOPPED, Event, Link, Watch, attend, close_link, connect, drive,
@@ -32,11 +33,6 @@ import threading
 
 from vhostpy.backends.storage._storage import check_block_size
 from vhostpy.errors import ConfigError
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef unsigned long pthread_t
-    pthread_t pthread_self()
-    int pthread_setname_np(pthread_t, const char *)
 
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int, const sigset_t *, sigset_t *)

@@ -20,6 +20,10 @@ from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport close
 
 from vhostpy._hw cimport atomic_add_i64, fence_full, likely, read_once_u32, unlikely
+from vhostpy._linux cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE,
+    eventfd,
+)
 from vhostpy.backends.storage._detour cimport (
     BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS, Detour,
     Shared, bounce_part, copy_bounce, fill_bounce, learn, new_detour, next_bounce, next_way,
@@ -47,10 +51,6 @@ from vhostpy.errors import ConfigError
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int, int)
-    int EFD_CLOEXEC, EFD_NONBLOCK
-
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs_t "statfs":
         long f_type
@@ -58,9 +58,6 @@ cdef extern from "<sys/vfs.h>" nogil:
 
 cdef extern from "<linux/magic.h>" nogil:
     long TMPFS_MAGIC, RAMFS_MAGIC
-
-cdef extern from "<linux/falloc.h>" nogil:
-    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 
 cdef enum:
     FLYING = 256            # requests that a channel takes at a time; entries of its ring
