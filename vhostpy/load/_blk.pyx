@@ -414,7 +414,7 @@ cdef class BlkGenerator:
 
     def latencies(self, bint writes) -> list:
         """(ticks, count) of each bin in use, in order."""
-        cdef uint32_t i
+        cdef int i
         return [(value_of(i), self.histograms[writes][i])
                 for i in range(BINS) if self.histograms[writes][i]]
 

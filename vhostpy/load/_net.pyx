@@ -121,8 +121,8 @@ cdef class NetGenerator:
 
         noise = Random(1).randbytes(TEMPLATE_BYTES)
         memcpy(self.template, <const uint8_t *>noise, TEMPLATE_BYTES)
-        for i in range(self.size_count):
-            self.sizes[i] = sizes[i]
+        for i, size in enumerate(sizes):
+            self.sizes[i] = size
         self.keep = []
         for i, (rx, tx, rx_gpa, tx_gpa, port, peer, sends) in enumerate(pairs):
             self.pairs[i].port, self.pairs[i].peer, self.pairs[i].sends = port, peer, sends
@@ -540,7 +540,7 @@ cdef class NetGenerator:
 
     def latencies(self) -> list:
         """(ticks, count) of each bin in use, in order."""
-        cdef uint32_t i
+        cdef int i
         return [(value_of(i), self.histogram[i]) for i in range(BINS) if self.histogram[i]]
 
     def forget_latencies(self) -> None:
