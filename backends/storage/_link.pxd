@@ -41,7 +41,10 @@ cdef struct Link:
     bint dropped            # the connection is of no more use: the thread is to close it
     uint64_t heard_ns       # when the server last gave a sign of life
     uint64_t heard_bytes    # of commands that are done
-    uint64_t down_ns        # when the connection was lost
+    uint64_t up_ns          # when the connection was made
+    bint answered           # it has brought an answer
+    uint64_t down_ns        # when the last connection that was of use was lost
+    int pause_ms            # before the next attempt to connect
     Commands commands
     uint32_t sent           # commands that the server has
     char reason[REASON_BYTES]   # why the connection was lost or cannot be made

@@ -142,7 +142,8 @@ cdef int connect(Link *link, double limit_s) noexcept nogil:
     link.generation += 1
     link.given_up = False
     link.dropped = False
-    link.heard_ns = clock_ns()
+    link.heard_ns = link.up_ns = clock_ns()
+    link.answered = False
     send_again(link)
     send_more(link)
     call_all(&link.commands)            # to watch the new socket
@@ -216,6 +217,7 @@ cdef int completed(void *user_data, int *error) noexcept nogil:
         if error[0] == ESHUTDOWN:
             explain(link, b"the server shuts down", 0)
     else:
+        link.answered = True
         finish(&link.commands, command, -error[0])
     return 1                            # libnbd forgets it
 
@@ -410,6 +412,8 @@ cdef bint sleep(Link *link, int fd, uint64_t until_ns) noexcept nogil:
 
 
 cdef void hang_up(Link *link) noexcept nogil:
+    cdef uint64_t now = clock_ns()
+    cdef bint lasted = now - link.up_ns >= PAUSE_MAX_MS * NS_PER_MS
     cdef int i
     if link.nbd == NULL:
         return
@@ -422,7 +426,10 @@ cdef void hang_up(Link *link) noexcept nogil:
         if link.commands.all[i].state == SENT:
             link.commands.all[i].state = OPEN
     link.sent = 0
-    link.down_ns = clock_ns()
+    if lasted:
+        link.pause_ms = 0
+    if lasted or link.answered:         # else it was as good as none
+        link.down_ns = now
 
 
 cdef uint64_t silent_at_ns(Link *link) noexcept nogil:
@@ -472,12 +479,8 @@ cdef void fail(Link *link) noexcept nogil:
 cdef Event mend(Link *link) noexcept nogil:
     """Tries to connect until it works; what waits too long fails meanwhile."""
     cdef uint64_t next_ns, give_up_ns
-    cdef int pause_ms = PAUSE_MS
     while True:
-        if not load_acquire_u32(&link.stopping) and connect(link, CONNECT_S) == 0:
-            return MENDED
-        next_ns = clock_ns() + <uint64_t>pause_ms * NS_PER_MS
-        pause_ms = min(2 * pause_ms, PAUSE_MAX_MS)
+        next_ns = clock_ns() + <uint64_t>link.pause_ms * NS_PER_MS
         while True:
             if load_acquire_u32(&link.stopping):
                 return STOPPED
@@ -488,6 +491,9 @@ cdef Event mend(Link *link) noexcept nogil:
             if clock_ns() >= next_ns:
                 break
             sleep(link, -1, min(next_ns, give_up_ns))
+        link.pause_ms = min(max(2 * link.pause_ms, <int>PAUSE_MS), <int>PAUSE_MAX_MS)
+        if connect(link, CONNECT_S) == 0:
+            return MENDED
 
 
 cdef Event serve(Link *link) noexcept nogil:
