@@ -43,6 +43,7 @@ cdef struct Link:
     uint64_t heard_bytes    # of commands that are done
     uint64_t up_ns          # when the connection was made
     bint answered           # it has brought an answer
+    bint wants_room         # it had to wait for room in the socket, when it was last driven
     uint64_t down_ns        # when the last connection that was of use was lost
     int pause_ms            # before the next attempt to connect
     Commands commands

@@ -144,6 +144,7 @@ cdef int connect(Link *link, double limit_s) noexcept nogil:
     link.dropped = False
     link.heard_ns = link.up_ns = clock_ns()
     link.answered = False
+    link.wants_room = False
     send_again(link)
     send_more(link)
     call_all(&link.commands)            # to watch the new socket
@@ -302,6 +303,7 @@ cdef void exchange(Link *link) noexcept nogil:
     """Says and hears what can be, without waiting."""
     cdef uint64_t stop_at = link.heard_bytes + HEAR_MAX
     cdef pollfd socket
+    cdef bint wants_room
     # Each time a look: told to read where nothing is, libnbd sends nothing until there is.
     while (link.sent and not link.dropped and link.heard_bytes < stop_at
            and look(link, &socket) > 0):
@@ -313,6 +315,11 @@ cdef void exchange(Link *link) noexcept nogil:
             explain_nbd(link)
             link.dropped = True
     send_more(link)
+    wants_room = nbd_aio_get_direction(link.nbd) & LIBNBD_AIO_DIRECTION_WRITE != 0
+    if wants_room and not link.wants_room:
+        # It may be others' commands, who sleep and watch for answers alone.
+        call_all(&link.commands)
+    link.wants_room = wants_room
     if link.dropped:
         wake(link)
 

@@ -2,13 +2,18 @@
 
 import contextlib
 import logging
+import select
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from tests.backends.nbdscript import NbdScript
+from tests.backends.guest import eventually
+from tests.backends.nbdscript import READ, WRITE, NbdScript, reply
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.nbd import NbdStorage
 
+PIECE = 512 << 10  # of one command, at most
+COMMANDS = 64  # that a server has at a time
 LONG_S = 60  # what a test waits for in vain only when it fails
 
 
@@ -35,3 +40,64 @@ def test_a_server_that_hangs_up_on_every_command_is_not_asked_all_the_time(tmp_p
             assert calls < 20
             assert len(caplog.records) < 60
             channel.close()
+
+
+def test_who_sleeps_is_told_when_its_command_waits_for_room(tmp_path, monkeypatch):
+    """Two share a connection. One sleeps, and its last command is begun by the other, who has
+    no more to do then: the socket takes a part of it, and the server has nothing to answer."""
+    epoll = select.epoll
+    sent, asleep, awake = threading.Event(), threading.Event(), threading.Event()
+    awake.set()
+    size = COMMANDS * PIECE  # with the other's, one command more than the server has at a time
+
+    class LateEpoll:
+        """Of a thread that does not run while it is not `awake`."""
+
+        def __init__(self):
+            self.real = epoll()
+            self.register, self.close = self.real.register, self.real.close
+
+        def poll(self, timeout_s):
+            deadline = time.monotonic() + timeout_s
+            looks = 0  # in vain
+            while time.monotonic() < deadline:
+                awake.wait(LONG_S)
+                if found := self.real.poll(0.001):
+                    return found
+                looks += 1
+                if sent.is_set() and looks == 50:
+                    awake.clear()
+                    asleep.set()
+            return []
+
+    def serve():
+        connection = script.accept()
+        answers = []
+        for _ in range(COMMANDS):
+            kind, cookie, _, length = connection.command()
+            if kind == WRITE:
+                connection.receive(length)
+            answers.append(reply(cookie, bytes(length) if kind == READ else b""))
+        sent.set()
+        asleep.wait(LONG_S)
+        connection.socket.sendall(b"".join([*answers[1:], answers[0]]))
+        awake.wait(LONG_S)
+        _, cookie, _, length = connection.command()
+        connection.receive(length)
+        connection.socket.sendall(reply(cookie))
+
+    with NbdScript(tmp_path, size) as script, ThreadPoolExecutor(3) as pool:
+        server = pool.submit(serve)
+        with contextlib.closing(NbdStorage(script.uri, silence_s=LONG_S)) as storage:
+            sleeper, other = storage.channel(), storage.channel()
+            read = pool.submit(other.run, Op.READ, 0, 512, timeout_s=LONG_S)
+            eventually(lambda: script.accepted and script.accepted[0].commands, "a command")
+            monkeypatch.setattr(select, "epoll", LateEpoll)
+            write = (Op.WRITE, 0, size, bytes(size), 0, size)
+            wrote = pool.submit(sleeper.run_all, [write], sleep=True, timeout_s=5)
+            assert read.result()[0] == 0
+            awake.set()
+            assert wrote.result()[0][0] == 0
+            server.result()
+            sleeper.close()
+            other.close()
