@@ -242,9 +242,10 @@ cdef class NbdStorage(Storage):
             return NbdChannel(self, self.links[number])
 
     def actual_bytes(self) -> int:
-        """What the server said at the last connection: it tells each one only once."""
+        """What the server said to all connections: it tells each one only once, and one that
+        was told less takes no request beyond."""
         with self.lock:
-            return max([(<Link *><uint64_t>link).size_bytes for link in self.links] or
+            return min([(<Link *><uint64_t>link).size_bytes for link in self.links] or
                        [self.size_bytes])
 
     def close(self) -> None:

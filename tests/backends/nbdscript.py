@@ -7,13 +7,14 @@ from types import TracebackType
 
 READ, WRITE = 0, 1
 # NBD protocol, "Fixed newstyle negotiation": flags of an export.
-HAS_FLAGS, CAN_FLUSH = 1, 4
+DEFAULT_FLAGS = 1 | 4  # they are there; it can flush
+MULTI_CONN = 1 << 8
 
 
 class NbdScript:
     """Listens; `accept()` handshakes, and the rest is up to the test."""
 
-    def __init__(self, directory: Path, size: int, *, flags: int = HAS_FLAGS | CAN_FLUSH) -> None:
+    def __init__(self, directory: Path, size: int, *, flags: int = DEFAULT_FLAGS) -> None:
         self.size, self.flags = size, flags
         self.uri = f"nbd+unix:///?socket={directory / 'nbd'}"
         self.listener = socket.socket(socket.AF_UNIX)

@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import select
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.backends.guest import eventually
-from tests.backends.nbdscript import READ, WRITE, NbdScript, reply
+from tests.backends.nbdscript import DEFAULT_FLAGS, MULTI_CONN, READ, WRITE, NbdScript, reply
 from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.nbd import NbdStorage
 
@@ -101,3 +102,40 @@ def test_who_sleeps_is_told_when_its_command_waits_for_room(tmp_path, monkeypatc
             server.result()
             sleeper.close()
             other.close()
+
+
+def test_an_export_has_grown_when_every_connection_was_told(tmp_path):
+    grown = 2 << 20
+
+    def serve(connection):
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                _, cookie, _, length = connection.command()
+                connection.socket.sendall(reply(cookie, bytes(length)))
+        connection.close()
+
+    def serve_all():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=[script.accept()], daemon=True).start()
+
+    def reconnect(number):
+        before = len(script.accepted)
+        script.accepted[number].socket.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: len(script.accepted) > before, "a connection")
+
+    with NbdScript(tmp_path, grown // 2, flags=DEFAULT_FLAGS | MULTI_CONN) as script:
+        threading.Thread(target=serve_all, daemon=True).start()
+        with contextlib.closing(NbdStorage(script.uri)) as storage:
+            channels = [storage.channel(), storage.channel()]
+            assert [channel.run(Op.READ, 0, 512)[0] for channel in channels] == [0, 0]
+            script.size = grown
+            reconnect(1)
+            assert channels[1].run(Op.READ, 0, 512)[0] == 0
+            assert storage.actual_bytes() == grown // 2
+            reconnect(0)
+            eventually(lambda: storage.grow(storage.actual_bytes()), "growth")
+            ends = [channel.run(Op.READ, grown - 512, 512)[0] for channel in channels]
+            assert ends == [0, 0]
+            for channel in channels:
+                channel.close()
