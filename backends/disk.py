@@ -197,6 +197,12 @@ class Disk:
                 "requests of a session before still hang",
                 "see whether the storage answers; the front-end has to connect again",
             )
+        if len(self._hung) >= self.queue_limit:
+            # Each has fds and keeps its guest's memory: they belong to other disks, too.
+            raise GuestError(
+                f"{self.name}: ring {index}: {len(self._hung)} rings of sessions before still hang",
+                "see whether the storage answers; the front-end has to connect again",
+            )
         queue = DiskQueue(
             virtqueue,
             self.storage,

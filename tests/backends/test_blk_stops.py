@@ -12,6 +12,7 @@ from vhostpy._spec import Feature
 from vhostpy.backends.blk import DiskQueue
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.errors import GuestError
 
 
 @each_layout
@@ -80,6 +81,25 @@ def test_a_hung_storage_ends_the_drain_at_its_deadline_and_keeps_the_memory(answ
         if not answers_late:
             storage.open()  # only so that this process ends tidily
             eventually(lambda: machine.disk.status()["hung_requests"] == 0)
+
+
+def test_rings_that_hang_are_not_left_behind_without_end():
+    """By a guest that starts its ring again and again, while the storage hangs."""
+    storage = GateStorage(SIZE)
+    with Machine(storage, queues=3) as machine:
+        for hung in range(1, 4):
+            machine.guest.request(IN, space=512)
+            eventually(lambda: machine.counters()["inflight"] == 1)
+            _, base = machine.stop(deadline_s=0)
+            assert machine.disk.status()["hung_requests"] == hung
+            if hung < 3:
+                machine.start(base=base)
+        with pytest.raises(GuestError, match="3 rings of sessions before still hang"):
+            machine.start(base=base)
+        storage.open()
+        eventually(lambda: machine.disk.status()["hung_requests"] == 0)
+        machine.start(base=base)
+        assert machine.guest.request(IN, space=512).wait() == OK
 
 
 def test_requests_survive_a_change_of_the_memory_map():
