@@ -212,9 +212,9 @@ class Disk:
             workers=self.workers,
             limits=self._limits,
         )
-        if self._limits.any:
-            queue.open_timer()
         try:
+            if self._limits.any:
+                queue.open_timer()
             self.workers.add(queue, self._fds(queue, kick_fd))
         except BaseException:
             queue.close()

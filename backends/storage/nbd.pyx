@@ -218,8 +218,8 @@ cdef class NbdStorage(Storage):
     cdef start(self, Link *link, bint connected):
         thread = threading.Thread(target=run, args=(<uint64_t>link, self.outage, connected),
                                   daemon=True)
-        self.threads.append(thread)
         thread.start()
+        self.threads.append(thread)
 
     cdef start_next(self):
         """Another connection; to what the first one found, or it is none."""
@@ -228,7 +228,13 @@ cdef class NbdStorage(Storage):
         link.size_bytes = self.size_bytes
         link.commands.align = first.commands.align
         link.read_only = first.read_only
-        self.start(link, False)
+        try:
+            self.start(link, False)
+        except BaseException:
+            self.links.pop()
+            close_link(link)
+            free_link(link)
+            raise
 
     def channel(self) -> NbdChannel:
         """Never waits for the server: a connection of its own is made behind it."""
@@ -236,9 +242,9 @@ cdef class NbdStorage(Storage):
             if not self.links:
                 raise ValueError(f"{self.name}: closed")
             number = self.channels % self.connections
-            self.channels += 1
             if number == len(self.links):
                 self.start_next()
+            self.channels += 1
             return NbdChannel(self, self.links[number])
 
     def actual_bytes(self) -> int:
@@ -283,7 +289,11 @@ cdef class NbdChannel(DoneChannel):
         self.storage = storage
         self.link = <Link *>link
         if start_watch(&self.watch, self.done.fd) < 0:
-            raise OSError(errno, os.strerror(errno))
+            number = errno
+            if self.watch.epoll_fd >= 0:
+                close(self.watch.epoll_fd)
+            DoneChannel.close(self)
+            raise OSError(number, os.strerror(number))
         self.completion_fd = self.watch.epoll_fd
 
     cdef int submit(self, Request **burst, int count) noexcept nogil:

@@ -2,11 +2,15 @@
 
 import contextlib
 import logging
+import os
+import resource
 import select
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from tests.backends.guest import eventually
 from tests.backends.nbdscript import DEFAULT_FLAGS, MULTI_CONN, READ, WRITE, NbdScript, reply
@@ -104,8 +108,8 @@ def test_who_sleeps_is_told_when_its_command_waits_for_room(tmp_path, monkeypatc
             other.close()
 
 
-def test_an_export_has_grown_when_every_connection_was_told(tmp_path):
-    grown = 2 << 20
+def answer_all(script):
+    """Reads of zeros, on any number of connections."""
 
     def serve(connection):
         with contextlib.suppress(EOFError, OSError):
@@ -119,13 +123,19 @@ def test_an_export_has_grown_when_every_connection_was_told(tmp_path):
             while True:
                 threading.Thread(target=serve, args=[script.accept()], daemon=True).start()
 
+    threading.Thread(target=serve_all, daemon=True).start()
+
+
+def test_an_export_has_grown_when_every_connection_was_told(tmp_path):
+    grown = 2 << 20
+
     def reconnect(number):
         before = len(script.accepted)
         script.accepted[number].socket.shutdown(socket.SHUT_RDWR)
         eventually(lambda: len(script.accepted) > before, "a connection")
 
     with NbdScript(tmp_path, grown // 2, flags=DEFAULT_FLAGS | MULTI_CONN) as script:
-        threading.Thread(target=serve_all, daemon=True).start()
+        answer_all(script)
         with contextlib.closing(NbdStorage(script.uri)) as storage:
             channels = [storage.channel(), storage.channel()]
             assert [channel.run(Op.READ, 0, 512)[0] for channel in channels] == [0, 0]
@@ -137,5 +147,45 @@ def test_an_export_has_grown_when_every_connection_was_told(tmp_path):
             eventually(lambda: storage.grow(storage.actual_bytes()), "growth")
             ends = [channel.run(Op.READ, grown - 512, 512)[0] for channel in channels]
             assert ends == [0, 0]
+            for channel in channels:
+                channel.close()
+
+
+def test_a_channel_that_finds_too_few_fds_takes_none(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with NbdScript(tmp_path, 1 << 20) as script, contextlib.ExitStack() as stack:
+        threading.Thread(target=script.accept, daemon=True).start()
+        storage = stack.enter_context(contextlib.closing(NbdStorage(script.uri)))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
+        spare = os.dup(0)
+        with contextlib.suppress(OSError):
+            while True:
+                stack.callback(os.close, os.dup(0))
+        os.close(spare)  # one, and a channel wants two
+        for _ in range(3):
+            with pytest.raises(OSError, match="Too many open files"):
+                storage.channel()
+            os.close(os.dup(0))
+
+
+def test_a_connection_that_cannot_be_begun_is_tried_again_by_the_next_channel(
+    tmp_path, monkeypatch
+):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with NbdScript(tmp_path, 1 << 20, flags=DEFAULT_FLAGS | MULTI_CONN) as script:
+        answer_all(script)
+        with contextlib.closing(NbdStorage(script.uri)) as storage:
+            channels = [storage.channel()]
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", start)
+                for _ in range(2):
+                    with pytest.raises(RuntimeError):
+                        storage.channel()
+            channels += [storage.channel() for _ in range(4)]
+            assert [channel.run(Op.READ, 0, 512)[0] for channel in channels] == [0] * 5
             for channel in channels:
                 channel.close()
