@@ -28,6 +28,7 @@ cdef struct Link:
     # Structured replies spare holes, and cost both sides two more system calls a read: on
     # the same machine that is the larger part.
     bint local
+    uint32_t shares         # the disk has other connections: a flush must cover those, too
     uint64_t silence_ns     # a server that has requests and says nothing for so long is dead
     uint64_t give_up_ns     # requests wait so long for a new connection
     # Between the thread and others.

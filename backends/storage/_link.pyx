@@ -188,6 +188,9 @@ cdef int accept(Link *link, nbd_handle *nbd) noexcept nogil:
                             or <uint64_t>align > link.commands.align or read_only > link.read_only):
         explain(link, b"the export has become smaller or may not be written any more", 0)
         return -1
+    if load_acquire_u32(&link.shares) and nbd_can_multi_conn(nbd) <= 0:
+        explain(link, b"a flush does not cover the disk's other connections any more", 0)
+        return -1
     if not link.size_bytes:
         link.commands.align = <uint64_t>align
         link.read_only = read_only

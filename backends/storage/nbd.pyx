@@ -16,7 +16,7 @@ from libc.string cimport strlen
 from posix.signal cimport sigdelset, sigfillset, sigset_t
 from posix.unistd cimport close
 
-from vhostpy._hw cimport load_acquire_u32
+from vhostpy._hw cimport load_acquire_u32, store_release_u32
 from vhostpy._linux cimport pthread_self, pthread_setname_np
 from vhostpy.backends.storage._done cimport DoneChannel
 from vhostpy.backends.storage._link cimport (
@@ -228,6 +228,8 @@ cdef class NbdStorage(Storage):
         link.size_bytes = self.size_bytes
         link.commands.align = first.commands.align
         link.read_only = first.read_only
+        store_release_u32(&first.shares, 1)
+        link.shares = 1
         try:
             self.start(link, False)
         except BaseException:

@@ -151,6 +151,23 @@ def test_an_export_has_grown_when_every_connection_was_told(tmp_path):
                 channel.close()
 
 
+def test_several_connections_are_none_to_a_server_that_flushes_each_by_itself(tmp_path, caplog):
+    with NbdScript(tmp_path, 1 << 20, flags=DEFAULT_FLAGS | MULTI_CONN) as script:
+        answer_all(script)
+        with contextlib.closing(NbdStorage(script.uri, give_up_s=0.3)) as storage:
+            channels = [storage.channel(), storage.channel()]
+            assert [channel.run(Op.READ, 0, 512)[0] for channel in channels] == [0, 0]
+            script.flags = DEFAULT_FLAGS
+            for connection in script.accepted[:2]:
+                connection.socket.shutdown(socket.SHUT_RDWR)
+            eventually(lambda: "requests fail: a flush does not cover" in caplog.text, "a refusal")
+            assert [channel.run(Op.FLUSH, 0, 0)[0] < 0 for channel in channels] == [True, True]
+            script.flags |= MULTI_CONN
+            eventually(lambda: all(channel.run(Op.FLUSH, 0, 0)[0] == 0 for channel in channels))
+            for channel in channels:
+                channel.close()
+
+
 def test_a_channel_that_finds_too_few_fds_takes_none(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with NbdScript(tmp_path, 1 << 20) as script, contextlib.ExitStack() as stack:
