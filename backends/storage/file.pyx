@@ -317,8 +317,8 @@ cdef class FileStorage(Storage):
             for number in range(len(self.threads), THREADS):
                 thread = threading.Thread(target=run, args=(<uint64_t>self.pool, number),
                                           daemon=True)
-                self.threads.append(thread)
                 thread.start()
+                self.threads.append(thread)
 
     def close(self) -> None:
         """Ends the threads once they have done what is queued; idempotent.

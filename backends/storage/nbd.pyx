@@ -7,7 +7,8 @@ a flush covers only its own connection.
 
 A connection that is lost is made again, and what it had not answered is sent again. Writes
 that the server acknowledged are its own to keep, and a server whose machine crashes may
-lose those that were not flushed: like any client we cannot notice that.
+lose those that were not flushed: like any client we cannot notice that. Nor can we notice
+a server that lives on with a write of the lost connection, and does it after newer ones.
 """
 cimport cython
 from libc.errno cimport errno
@@ -182,7 +183,7 @@ cdef class NbdStorage(Storage):
         cdef const char *uri = self.uri
         cdef Link *link = new_link(uri, self.silence_s, self.give_up_s)
         if link == NULL:
-            raise MemoryError
+            raise OSError(errno, os.strerror(errno))
         link.local = self.uri.startswith(b"nbd+unix:")
         self.links.append(<uint64_t>link)
         return link
