@@ -13,8 +13,8 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from vhostpy._hw cimport (likely, load_acquire_ptr, prefetch_read, read_once_u32, spin_lock,
-                          spin_unlock, store_release_ptr, unlikely, write_once_u32)
+from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, prefetch_read, read_once_u32,
+                          spin_lock, spin_unlock, store_release_ptr, unlikely, write_once_u32)
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
@@ -24,9 +24,6 @@ from vhostpy.backends._copy cimport (LINES_AHEAD, copy_rest, fetch, gather, line
 from vhostpy.backends._spread cimport log_spread, spread
 from vhostpy.backends.netcounters cimport counters_of, drop_name
 from vhostpy.memory cimport Segment
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 cdef enum:
     # An IPv4 packet of 65,535 bytes behind an Ethernet header with two VLAN tags: the

@@ -1,5 +1,6 @@
 """What more than one module takes from the C library, and Cython does not declare."""
 from libc.stdint cimport uint32_t, uint64_t
+from posix.signal cimport sigset_t
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initval, int flags)
@@ -21,6 +22,16 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
     pthread_t pthread_self()
     int pthread_setname_np(pthread_t thread, const char *name)
+
+cdef extern from "<signal.h>" nogil:
+    int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
+    int SIG_SETMASK
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_t "statfs":
+        long f_type
+        long f_bsize
+    int fstatfs(int fd, statfs_t *)
 
 cdef extern from "<linux/falloc.h>" nogil:
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE

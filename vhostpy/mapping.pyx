@@ -13,6 +13,7 @@ cimport cython
 from libc.errno cimport errno as c_errno
 
 from vhostpy._hw cimport atomic_add_i64
+from vhostpy._linux cimport fstatfs, statfs_t
 
 from vhostpy.errors import SHARE_ON, ProtocolError
 from vhostpy.fds import is_sealable, kind_of
@@ -38,12 +39,6 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *, size_t, int, int, int, int64_t)
     int munmap(void *, size_t)
     int madvise(void *, size_t, int)
-
-cdef extern from "<sys/vfs.h>" nogil:
-    struct statfs_t "statfs":
-        long f_type
-        long f_bsize
-    int fstatfs(int, statfs_t *)
 
 # Address space for all mappings together, of 128 TiB: a sparse file costs its sender
 # nothing and would leave no address for anybody else.

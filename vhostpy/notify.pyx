@@ -8,6 +8,7 @@ watchdog thread interrupts those that it finds there twice.
 
 Knows file descriptors and threads; knows no ring and no session.
 """
+from vhostpy._linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
 
 cdef extern from *:
     """
@@ -159,8 +160,6 @@ cdef extern from *:
     void notify_mask() nogil
     int notify_start() nogil
     bint notify_has_room(int) nogil
-    enum: EFD_CLOEXEC, EFD_NONBLOCK
-    int eventfd(unsigned int, int) nogil
 
 notify_attention = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
 if notify_attention < 0:

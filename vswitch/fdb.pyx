@@ -19,13 +19,10 @@ from libc.stdint cimport uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vhostpy._hw cimport (load_acquire_u64, read_once_u64, spin_lock, spin_unlock,
-                          store_release_u64, write_once_u32, write_once_u64)
+from vhostpy._hw cimport (aligned_alloc, load_acquire_u64, read_once_u64, spin_lock,
+                          spin_unlock, store_release_u64, write_once_u32, write_once_u64)
 
 from vhostpy.errors import ConfigError
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 LIMIT_MAX = 65536
 

@@ -17,8 +17,9 @@ from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from vhostpy._hw cimport (likely, load_acquire_ptr, load_acquire_u64, read_once_u64,
-                          store_release_ptr, ticks, ticks_per_us, unlikely, write_once_u64)
+from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, load_acquire_u64,
+                          read_once_u64, store_release_ptr, ticks, ticks_per_us, unlikely,
+                          write_once_u64)
 from vhostpy._port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS
 from vhostpy.memory cimport Segment
@@ -32,9 +33,6 @@ from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn, Workers
 
 from vhostpy.errors import ConfigError
 from vhostpy.vswitch.injector import rarp_frame
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
 
 cdef enum Verdict:
     # Where a frame goes, if not to a place in the table.

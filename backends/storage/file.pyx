@@ -14,8 +14,8 @@ from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport fdatasync
 
 from vhostpy._linux cimport (
-    FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, pthread_self,
-    pthread_setname_np,
+    FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, SIG_SETMASK, pthread_self,
+    pthread_setname_np, pthread_sigmask,
 )
 from vhostpy.backends.storage._done cimport (
     Done, DoneChannel, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -36,10 +36,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_signal(pthread_cond_t *)
     int pthread_cond_broadcast(pthread_cond_t *)
-
-cdef extern from "<signal.h>" nogil:
-    int pthread_sigmask(int, const sigset_t *, sigset_t *)
-    int SIG_SETMASK
 
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int, int, off_t, off_t)

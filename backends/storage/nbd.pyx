@@ -18,7 +18,7 @@ from posix.signal cimport sigdelset, sigfillset, sigset_t
 from posix.unistd cimport close
 
 from vhostpy._hw cimport load_acquire_u32, store_release_u32
-from vhostpy._linux cimport pthread_self, pthread_setname_np
+from vhostpy._linux cimport SIG_SETMASK, pthread_self, pthread_setname_np, pthread_sigmask
 from vhostpy.backends.storage._done cimport DoneChannel
 from vhostpy.backends.storage._link cimport (
     GAVE_UP, LOST, MENDED, STOPPED, Event, Link, Watch, attend, close_link, connect, drive,
@@ -36,8 +36,7 @@ from vhostpy.backends.storage._storage import check_block_size
 from vhostpy.errors import ConfigError
 
 cdef extern from "<signal.h>" nogil:
-    int pthread_sigmask(int, const sigset_t *, sigset_t *)
-    int SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL
+    int SIGBUS, SIGSEGV, SIGFPE, SIGILL
 
 cdef enum:
     CONNECTIONS = 4         # of one disk, at most; each is a thread
@@ -293,9 +292,7 @@ cdef class NbdChannel(DoneChannel):
         self.link = <Link *>link
         if start_watch(&self.watch, self.done.fd) < 0:
             number = errno
-            if self.watch.epoll_fd >= 0:
-                close(self.watch.epoll_fd)
-            DoneChannel.close(self)
+            self.close()
             raise OSError(number, os.strerror(number))
         self.completion_fd = self.watch.epoll_fd
 

@@ -19,10 +19,12 @@ from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport close
 
-from vhostpy._hw cimport atomic_add_i64, fence_full, likely, read_once_u32, unlikely
+from vhostpy._hw cimport (
+    aligned_alloc, atomic_add_i64, fence_full, likely, read_once_u32, unlikely,
+)
 from vhostpy._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE,
-    eventfd,
+    eventfd, fstatfs, statfs_t,
 )
 from vhostpy.backends.storage._detour cimport (
     BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS, Detour,
@@ -47,14 +49,6 @@ import os
 from vhostpy.backends.storage._uring_setup import choose_setup
 from vhostpy.backends.storage.image import open_image
 from vhostpy.errors import ConfigError
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
-
-cdef extern from "<sys/vfs.h>" nogil:
-    struct statfs_t "statfs":
-        long f_type
-    int fstatfs(int, statfs_t *)
 
 cdef extern from "<linux/magic.h>" nogil:
     long TMPFS_MAGIC, RAMFS_MAGIC
