@@ -25,7 +25,7 @@ def cycles(benchmark, *, layout, shape=0, writable=False, tracked=False, **form)
     with Rings(layout, size=SIZE, **form) as rings:
         rings.driver.disarm()
         if tracked:
-            remember_chains(rings.device)
+            rings.remember(region())
 
         def once():
             samples.append(
@@ -46,15 +46,14 @@ def cycles(benchmark, *, layout, shape=0, writable=False, tracked=False, **form)
         benchmark.extra_info[f"{step}_cycles"] = round(ticks, 1)
 
 
-def remember_chains(device):
-    """As a disk's queue does, for whoever comes after a kill."""
+def region():
+    """Where a queue's chains are remembered, for whoever comes after a kill."""
     size = area_bytes(1, SIZE)
     fd = os.memfd_create("inflight")
     os.truncate(fd, size)
-    device.set_live(False)
-    device.track(InflightArea(fd, 0, size, 1, SIZE).queue(0))
-    device.set_live(True)
+    area = InflightArea(fd, 0, size, 1, SIZE)
     os.close(fd)
+    return area.queue(0)
 
 
 @pytest.mark.parametrize("in_order", [False, True], ids=["any_order", "in_order"])

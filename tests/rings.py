@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Self
 
+from vhostpy._inflight import InflightQueue
 from vhostpy._ring import DriverVirtqueue, Virtqueue, sizes_of
 from vhostpy.mapping import Mapping
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
@@ -204,7 +205,7 @@ class Rings:
         self.size = size
         self.features = VERSION_1 | indirect * INDIRECT_DESC | event_idx * EVENT_IDX
         self.features |= in_order * IN_ORDER | (layout == "packed") * RING_PACKED
-        base = base_of(layout, size, used)
+        self.base = base = base_of(layout, size, used)
         self.fd = os.memfd_create("guest")
         os.truncate(self.fd, 4 << 20)
         self.kick_fd, self.call_fd = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
@@ -243,6 +244,18 @@ class Rings:
         } | changes
         self.device = Virtqueue(self.memory, self.size, self.features, **arguments)
         self.device.set_live(True)
+        return self.device
+
+    def remember(self, region: InflightQueue) -> None:
+        """The device's chains, from now on, for whoever comes after a kill."""
+        self.device.set_live(False)
+        self.device.track(region)
+        self.device.set_live(True)
+
+    def start_after_a_kill(self, region: InflightQueue) -> Virtqueue:
+        """Another life: told what the used ring says, or of a packed ring nothing new."""
+        self.start(self.guest.used_idx if self.layout == "split" else self.base)
+        self.remember(region)
         return self.device
 
     def log(self) -> DirtyLog:

@@ -305,6 +305,13 @@ def cpu_s(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3), which Python lacks
 
 
+def used_share(pid: int, seconds: float) -> float:
+    """Waits so long; the share of a core that a process has used meanwhile."""
+    since_s, used_s = time.monotonic(), cpu_s(pid)
+    time.sleep(seconds)
+    return (cpu_s(pid) - used_s) / (time.monotonic() - since_s)
+
+
 def machine_s() -> float:
     """Time that all processors together have not been idle, the hypervisor's included."""
     user, nice, system, _idle, _wait, irq, softirq, steal = map(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import core
-from bench.peers.devices import Device, cpu_s
+from bench.peers.devices import Device, used_share
 from bench.peers.generators import Calm, per_cpu
 
 WARMUP_S = 1
@@ -44,9 +44,7 @@ class Fio(Device):
         process = core.start(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         # What fio says of its processor time leaves out the kernel's threads that work for it.
         time.sleep(WARMUP_S + MARGIN_S)
-        since_s, used_s = time.monotonic(), cpu_s(process.pid)
-        time.sleep(seconds - 2 * MARGIN_S)
-        used = (cpu_s(process.pid) - used_s) / (time.monotonic() - since_s)
+        used = used_share(process.pid, seconds - 2 * MARGIN_S)
         output = process.communicate()[0].decode()
         if process.returncode:
             raise RuntimeError(f"fio ended with {process.returncode}")

@@ -6,7 +6,7 @@ import resource
 import time
 from typing import Any
 
-from bench.peers.devices import Device, Interactive, cpu_s, machine_s
+from bench.peers.devices import Device, Interactive, cpu_s, machine_s, used_share
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.load import blk, net, report
 from vhostpy.load.target import connect, memory_layout
@@ -124,9 +124,8 @@ def idle(device: Device, seconds: int) -> dict[str, Any]:
     """No load at all: `value` is the percentage of a core that the device uses."""
     assert device.process is not None
     time.sleep(WARMUP_S)
-    calm, since_s, used_s = Calm(device.process.pid), time.monotonic(), cpu_s(device.process.pid)
-    time.sleep(seconds)
-    share = (cpu_s(device.process.pid) - used_s) / (time.monotonic() - since_s)
+    calm = Calm(device.process.pid)
+    share = used_share(device.process.pid, seconds)
     return {"value": 100 * share, "machine_share": calm.share()}
 
 
@@ -199,9 +198,7 @@ def dpdk(device: Device, seconds: int, *, size: int, vdev: str = "") -> dict[str
         watch = Watch(device)
         watch.show()
         prompt.command("show port stats all")
-        started_s, used_s = time.monotonic(), cpu_s(prompt.process.pid)
-        time.sleep(seconds)
-        share = (cpu_s(prompt.process.pid) - used_s) / (time.monotonic() - started_s)
+        share = used_share(prompt.process.pid, seconds)
         output = prompt.command("show port stats all")
         watch.show()
     finally:

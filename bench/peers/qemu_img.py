@@ -9,7 +9,7 @@ import subprocess
 import time
 from typing import Any
 
-from bench.peers.devices import Device, cpu_s
+from bench.peers.devices import Device, used_share
 from bench.peers.generators import GENERATOR_CORE, WARMUP_S, Calm, Watch
 from tests.peers import peers
 
@@ -24,9 +24,7 @@ def qemu_img(device: Device, seconds: int, *, depth: int) -> dict[str, Any]:
     process = _start(device, depth, count)
     time.sleep(WARMUP_S)
     watch.show()
-    since_s, used_s = time.monotonic(), cpu_s(process.pid)
-    time.sleep(seconds)
-    share = (cpu_s(process.pid) - used_s) / (time.monotonic() - since_s)
+    share = used_share(process.pid, seconds)
     watch.show()
     run = {"value": count / _took_s(process) / 1e3, "generator_busy_share": share, **watch.load}
     return run | {"machine_share": calm.share()}

@@ -23,11 +23,10 @@ class Life:
 
     def __init__(self, layout="split", size=SIZE, used=0):
         self.rings = Rings(layout, size=size, used=used)
-        self.base = self.rings.device.base
         self.fd = os.memfd_create("inflight")
         os.ftruncate(self.fd, 2 * AREA)
         self.out = {}
-        self.track()
+        self.rings.remember(self.queue())
 
     def __enter__(self):
         return self
@@ -40,18 +39,12 @@ class Life:
     def device(self):
         return self.rings.device
 
-    def track(self):
-        area = InflightArea(self.fd, 0, 2 * AREA, 2, SIZE)
-        self.device.set_live(False)
-        self.device.track(area.queue(1))
-        self.device.set_live(True)
+    def queue(self):
+        return InflightArea(self.fd, 0, 2 * AREA, 2, SIZE).queue(1)
 
     def kill(self):
-        """The front-end knows nothing but what the used ring says; packed: nothing new."""
-        split = self.rings.layout == "split"
-        self.rings.start(self.rings.guest.used_idx if split else self.base)
+        self.rings.start_after_a_kill(self.queue())
         self.out.clear()
-        self.track()
 
     def region(self):
         return os.pread(self.fd, AREA, AREA)
@@ -371,8 +364,6 @@ def test_a_guest_may_take_a_larger_queue_than_it_was_offered():
     area = InflightArea(fd, 0, area_bytes(4, 128), 4, 128)
     for layout in LAYOUTS:
         with Rings(layout, size=256) as rings:
-            rings.device.set_live(False)
-            rings.device.track(area.queue(2 + LAYOUTS.index(layout)))
-            rings.device.set_live(True)
+            rings.remember(area.queue(2 + LAYOUTS.index(layout)))
             rings.proves_itself()
     os.close(fd)

@@ -17,7 +17,6 @@ from vhostpy._inflight import InflightArea, region_bytes
 SIZE = 16
 AREA = region_bytes(SIZE)
 CHAINS, PIECES = 4, 3
-LAYOUT_FEATURES = {"split": 0, "packed": 1 << 34}
 TRACEME, SINGLESTEP = 0, 9  # Linux, ptrace.h
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -31,7 +30,6 @@ class Life:
     def __init__(self, layout):
         # Used so often that the deeds go past the ring's end.
         self.rings = Rings(layout, size=SIZE, used=SIZE - PIECES)
-        self.base = self.rings.device.base
         self.fd = os.memfd_create("inflight")
         os.ftruncate(self.fd, AREA)
         self.begin()
@@ -49,12 +47,8 @@ class Life:
 
     def begin(self):
         """The device's life: whoever comes after a kill is told no more than this base."""
-        split = self.rings.layout == "split"
-        self.device = self.rings.start(self.rings.guest.used_idx if split else self.base)
-        self.device.set_live(False)
         self.queue = InflightArea(self.fd, 0, AREA, 1, SIZE).queue(0)
-        self.device.track(self.queue)
-        self.device.set_live(True)
+        self.device = self.rings.start_after_a_kill(self.queue)
 
     def take(self, count):
         self.chains += self.device.take(count)
@@ -68,7 +62,7 @@ class Life:
     def shared(self):
         """All that outlives the device, to be read and written."""
         guest = self.rings.memory.regions[0].mapping.address - GPA
-        sizes = sizes_of(SIZE, LAYOUT_FEATURES[self.rings.layout])
+        sizes = sizes_of(SIZE, self.rings.features)
         places = [(guest + gpa, size) for gpa, size in zip((DESC, AVAIL, USED), sizes, strict=True)]
         places.append((self.queue.mapping.address, AREA))
         return [
