@@ -36,6 +36,7 @@ cdef class Workers:
     """All workers of the process. Methods are control's; one quiescence domain."""
 
     def __cinit__(self, int count=1, *, str poll="adaptive", cpus=None, int spin_us=50):
+        self.attention_fd = -1
         if count < 1:
             raise ConfigError(f"{count} workers", hint="give at least one")
         if poll not in POLL_MODES:
@@ -43,7 +44,6 @@ cdef class Workers:
         if spin_us < 0:
             raise ConfigError(f"spin of {spin_us} us", hint="0 or more")
         self.poll = poll
-        self.attention_fd = -1
         self.lock = threading.Lock()
         self.workers = []
         self.members = <void **>calloc(count, sizeof(void *))
