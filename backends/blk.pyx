@@ -73,15 +73,16 @@ cdef class DiskQueue(Pollable):
     def __dealloc__(self):
         cdef uint32_t i
         free(self.latency)
+        if self.slots == NULL:
+            return              # it was refused, and its fd is still 0
         if self.timer_fd >= 0:
             close(self.timer_fd)
         if self.free_count < self.slot_count:
             return              # the storage still writes there: a leak, not a crash
-        if self.slots != NULL:
-            for i in range(self.slot_count):
-                free(self.slots[i].iov)
-                free(self.slots[i].gpas)
-                free(self.slots[i].parts)
+        for i in range(self.slot_count):
+            free(self.slots[i].iov)
+            free(self.slots[i].gpas)
+            free(self.slots[i].parts)
         free(self.slots)
         free(self.free_slots)
 

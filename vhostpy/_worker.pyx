@@ -89,8 +89,6 @@ cdef class Worker:
         self.index = index
         self.name = f"vhostpy-w{index}"
         self.cpu = cpu
-        self.epoll_fd = -1
-        self.wake_fd = -1
         self.pollables = []
         self.watched = {}
         self.next_serial = 1
@@ -108,8 +106,8 @@ cdef class Worker:
         self.watch_fd(self.wake_fd, WAKE)
 
     def __dealloc__(self):
-        self.close_fds()
-        if self.table != NULL:
+        if self.table != NULL:      # else it was refused, and its fds are still 0
+            self.close_fds()
             free(self.table)
         scratch_free(&self.scratch)
 

@@ -149,7 +149,6 @@ cdef class Mapping:
         cdef uint64_t start, pad
         cdef void *base
         cdef int file_number
-        self.slot = -1
         what = f"cannot map {size_text(size) if 0 <= size < 2**64 else size} at offset {offset}"
         if not 0 <= offset < 2**63:
             raise ProtocolError(f"{what}: the offset is not below 2**63")
@@ -188,9 +187,9 @@ cdef class Mapping:
             raise ProtocolError(f"{what}: 65536 mappings are in use", COUNT_HINT)
 
     def __dealloc__(self):
-        if self.slot >= 0:
-            sigbus_remove(self.slot)
-        if self.base != NULL:
+        if self.base != NULL:       # else it was refused, and its slot is still 0
+            if self.slot >= 0:
+                sigbus_remove(self.slot)
             munmap(self.base, self.mapped)
             atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
 

@@ -36,7 +36,6 @@ cdef class Workers:
     """All workers of the process. Methods are control's; one quiescence domain."""
 
     def __cinit__(self, int count=1, *, str poll="adaptive", cpus=None, int spin_us=50):
-        self.attention_fd = -1
         if count < 1:
             raise ConfigError(f"{count} workers", hint="give at least one")
         if poll not in POLL_MODES:
@@ -49,19 +48,19 @@ cdef class Workers:
         self.members = <void **>calloc(count, sizeof(void *))
         if self.members == NULL:
             raise MemoryError
+        self.attention_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.attention_fd < 0:
+            raise OSError(errno, os.strerror(errno))
         for index, cpu in enumerate(choose_cpus(count, poll, cpus)):
             worker = Worker(index, poll=poll, cpu=cpu, spin_us=spin_us)
             self.workers.append(worker)
             self.members[index] = <void *>worker
         self.count = count
-        self.attention_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.attention_fd < 0:
-            raise OSError(errno, os.strerror(errno))
 
     def __dealloc__(self):
-        if self.attention_fd >= 0:
+        if self.members != NULL:    # else it was refused, and its fd is still 0
             close(self.attention_fd)
-        free(self.members)
+            free(self.members)
 
     def start(self) -> None:
         """Starts the threads."""
