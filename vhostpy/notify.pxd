@@ -13,4 +13,4 @@ cdef void interrupt_thread(long tid) noexcept nogil
 # A system call that the thread waits in returns EINTR.
 
 cdef void only_faults_and_interrupts() noexcept nogil
-# For a worker's thread: all other signals are the main thread's.
+# For a thread that touches guest memory: all other signals are the main thread's.

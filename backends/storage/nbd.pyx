@@ -14,17 +14,17 @@ cimport cython
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strlen
-from posix.signal cimport sigdelset, sigfillset, sigset_t
 from posix.unistd cimport close
 
 from vhostpy._hw cimport load_acquire_u32, store_release_u32
-from vhostpy._linux cimport SIG_SETMASK, pthread_self, pthread_setname_np, pthread_sigmask
+from vhostpy._linux cimport pthread_self, pthread_setname_np
 from vhostpy.backends.storage._done cimport DoneChannel
 from vhostpy.backends.storage._link cimport (
     GAVE_UP, LOST, MENDED, STOPPED, Event, Link, Watch, attend, close_link, connect, drive,
     free_link, leave, new_link, put, serve, start_watch, stop,
 )
 from vhostpy.backends.storage._storage cimport Request, Storage
+from vhostpy.notify cimport only_faults_and_interrupts
 
 import errno as errors
 import logging
@@ -34,9 +34,6 @@ import threading
 
 from vhostpy.backends.storage._storage import check_block_size
 from vhostpy.errors import ConfigError
-
-cdef extern from "<signal.h>" nogil:
-    int SIGBUS, SIGSEGV, SIGFPE, SIGILL
 
 cdef enum:
     CONNECTIONS = 4         # of one disk, at most; each is a thread
@@ -93,15 +90,9 @@ class Outage:
 def run(uint64_t address, outage, bint connected):
     """Serves one connection; holds no storage, only the Link, which close() frees behind it."""
     cdef Link *link = <Link *>address
-    cdef sigset_t mask
     cdef Event event
     with nogil:
-        sigfillset(&mask)       # signals are the main thread's, but for faults in our copies
-        sigdelset(&mask, SIGBUS)
-        sigdelset(&mask, SIGSEGV)
-        sigdelset(&mask, SIGFPE)
-        sigdelset(&mask, SIGILL)
-        pthread_sigmask(SIG_SETMASK, &mask, NULL)
+        only_faults_and_interrupts()    # it copies to and from guest memory, too
         pthread_setname_np(pthread_self(), b"vhostpy-nbd")
     while True:
         with nogil:
