@@ -157,12 +157,12 @@ cdef class NbdStorage(Storage):
         link = self.add_link()
         try:
             self.open_first(link, read_only, block_size)
+            self.start(link, True)
         except BaseException:
             self.links.clear()
             close_link(link)
             free_link(link)
             raise
-        self.start(link, True)
 
     @staticmethod
     def uri_text(uri):

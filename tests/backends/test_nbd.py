@@ -302,6 +302,17 @@ def test_close_leaves_no_thread_and_no_fd_even_while_the_server_hangs(files):
     assert os.listdir("/proc/self/fd") == fds
 
 
+def test_a_disk_whose_thread_cannot_start_keeps_no_connection(files, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    fds = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", start)
+        storage_of(files)
+    assert os.listdir("/proc/self/fd") == fds
+
+
 # What an operator gets wrong --------------------------------------------------------------
 
 
