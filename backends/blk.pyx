@@ -257,8 +257,14 @@ cdef class DiskQueue(Pollable):
             value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
                                      chain.readable_bytes - HEADER, Op.WRITE_ZEROES)
         elif kind == T_SECURE_ERASE and self.storage.can_secure_erase:
-            value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
-                                     chain.readable_bytes - HEADER, Op.SECURE_ERASE)
+            if chain.readable_bytes > HEADER:
+                value = self.begin_clear(slot, chain.segments + used, chain.readable - used,
+                                         chain.readable_bytes - HEADER, Op.SECURE_ERASE)
+            else:
+                # Linux takes the type's lowest bit for the direction of its data, and so has
+                # these ranges where a device writes. That none reads there is but a SHOULD.
+                value = self.begin_clear(slot, chain.segments + chain.readable, chain.writable,
+                                         chain.writable_bytes - 1, Op.SECURE_ERASE)
         else:
             value = S_UNSUPP
         if value == UNDER_WAY:

@@ -22,6 +22,7 @@ from tests.backends.guest import (
     UNTOUCHED,
     WRITE_ZEROES,
     Guest,
+    Sent,
     eventually,
 )  # fmt: skip
 from tests.backends.machine import SECTORS, SIZE, STORAGES, Machine, each_layout
@@ -196,6 +197,24 @@ def test_a_secure_erase_leaves_zeros_there_and_nothing_else_changed():
         counters = machine.counters()
         assert counters["secure_erases"] == 1 and counters["discards"] == 0
         assert machine.disk.latency()["secure_erase"]["count"] == 1
+
+
+def test_a_secure_erase_has_its_ranges_where_linux_puts_them():
+    with Machine(RamStorage(SIZE)) as machine:
+        guest = machine.guest
+        assert guest.request(OUT, data=b"x" * 8192).wait() == OK
+        ranges = struct.pack("<QII", 1, 2, 0) + struct.pack("<QII", 9, 1, 0)
+        header = guest.put(struct.pack("<IIQ", SECURE_ERASE, 0, 0))
+        back = guest.put(ranges + bytes([UNTOUCHED]))
+        pieces = [(back, 20), (back + 20, 12), (back + 32, 1)]
+        erase = Sent(guest, guest.send([(header, 16)], pieces), back, len(ranges), 0)
+        assert (erase.wait(), erase.length, erase.data) == (OK, 1, ranges)
+        read = guest.request(IN, space=8192)
+        assert read.wait() == OK
+        model = bytearray(b"x" * 8192)
+        model[512:1536] = bytes(1024)
+        model[9 * 512 : 10 * 512] = bytes(512)
+        assert read.data == model
 
 
 def test_discard_of_several_ranges_is_answered_once():

@@ -165,6 +165,8 @@ REFUSED = Answer(IOERR, 1)
 def parts_of(asked):
     """Sectors of the ranges to be cleared; or a status."""
     kind, data = asked.readable[0], asked.readable[16:]
+    if kind == SECURE_ERASE and not data:
+        data = bytes([UNTOUCHED]) * (asked.writable - 1)  # where Linux has them
     if not data or len(data) % 16 or len(data) // 16 > RANGES_MAX:
         return IOERR
     parts = []
