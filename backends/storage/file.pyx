@@ -26,11 +26,9 @@ from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request, Stora
 import logging
 import threading
 
-from vhostpy.backends.storage.image import open_image
+from vhostpy.backends.storage.image import Image, open_image
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_cond_t:
-        pass
     int pthread_cond_init(pthread_cond_t *, void *)
     int pthread_cond_destroy(pthread_cond_t *)
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
@@ -56,24 +54,6 @@ cdef enum:
 cdef char zeros[ZEROS]      # C zeroes it; only ever read
 
 log = logging.getLogger("vhostpy")
-
-
-# --- What threads share: plain C, so that a thread that hangs can outlive its objects. ---
-
-cdef struct Pool:
-    pthread_mutex_t lock
-    pthread_cond_t wanted
-    Request *first
-    Request **last
-    uint32_t waiting        # threads
-    uint32_t stopping
-    int fd
-    int flush_error         # sticky: the kernel reports a lost write only once
-    bint is_device
-    bint no_discard         # BLKDISCARD's answer, found out by trying
-    bint no_punch           # fallocate's answers, found out by trying
-    bint no_zero_range
-    uint64_t failed_flushes
 
 
 # --- What a thread does -----------------------------------------------------------------
@@ -200,7 +180,7 @@ cdef int secure_erase(Pool *pool, Request *request) noexcept nogil:
 
 
 cdef bint has_secure_erase(int fd):
-    """Whether the block device erases; asked with a range that none would take."""
+    # Asked with a range that none would take.
     cdef uint64_t where[2]
     where[0] = where[1] = 1
     return ioctl(fd, BLKSECDISCARD, where) < 0 and errno == EINVAL
@@ -265,21 +245,20 @@ def run(uint64_t pool, int number):
 
 @cython.final
 cdef class FileStorage(Storage):
-    """The file or block device at `path`, all of it."""
-    cdef object image
-    cdef Pool *pool
-    cdef list threads
-    cdef object lock
+    """The file or block device at `path`, all of it.
+
+    `image`: it is open already, and stays so; whoever opened it calls stop().
+    """
 
     def __cinit__(self):
         self.threads = []
         self.lock = threading.Lock()
 
     def __init__(self, path: str, read_only: bool = False, block_size: int = 512,
-                 share_rw: bool = False) -> None:
+                 share_rw: bool = False, *, image: Image | None = None) -> None:
         if self.pool != NULL:
             raise TypeError("made already")
-        self.image = image = open_image(
+        self.image = image = image or open_image(
             path, read_only=read_only, block_size=block_size, share_rw=share_rw)
         self.pool = <Pool *>calloc(1, sizeof(Pool))
         if self.pool == NULL:
@@ -321,9 +300,13 @@ cdef class FileStorage(Storage):
 
         One that hangs in the kernel is left behind, with the file still open.
         """
+        if self.stop():
+            self.image.close()
+
+    cdef bint stop(self):
         cdef Pool *pool = self.pool
         if pool == NULL:
-            return
+            return self.stopped
         self.pool = NULL
         pthread_mutex_lock(&pool.lock)
         pool.stopping = 1
@@ -336,18 +319,16 @@ cdef class FileStorage(Storage):
             self.threads.clear()
         if stuck:
             log.error("%s: %d requests hang in the kernel; the file stays open", self.name, stuck)
-            return
-        self.image.close()
+            return False
         pthread_cond_destroy(&pool.wanted)
         pthread_mutex_destroy(&pool.lock)
         free(pool)
+        self.stopped = True
+        return True
 
 
 @cython.final
 cdef class FileChannel(DoneChannel):
-    cdef FileStorage storage        # its threads, and so the pool, outlive the channel
-    cdef Pool *pool
-
     def __cinit__(self, FileStorage storage not None):
         self.storage = storage
         self.pool = storage.pool

@@ -8,7 +8,8 @@ the worker's own time. The worker that polls first is the ring's only submitter.
 Guest memory is never registered: pinned pages and a balloon lose data silently.
 
 What one entry cannot carry takes a `Detour`: transfers that came back short, O_DIRECT
-with a range or buffers that are not aligned, zeros where nothing else writes them.
+with a range or buffers that are not aligned, zeros where nothing else writes them. For
+SECURE_ERASE io_uring has no command: threads of `file` do these, one ioctl each.
 """
 cimport cython
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOMEM, errno
@@ -43,6 +44,7 @@ from vhostpy.backends.storage._liburing cimport (
 )
 from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
 from vhostpy.backends.storage._uring_setup cimport setup_flags
+from vhostpy.backends.storage.file cimport FileChannel, FileStorage, has_secure_erase
 
 import os
 
@@ -77,6 +79,7 @@ cdef class UringStorage(Storage):
     """
     cdef object image
     cdef Shared *shared
+    cdef FileStorage erasing    # its threads; None: the image cannot be erased
     cdef int setup
     cdef int channels           # open ones
 
@@ -105,6 +108,9 @@ cdef class UringStorage(Storage):
         self.block_size = image.block_size
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
+        if image.is_device and not read_only and has_secure_erase(image.fd):
+            self.erasing = FileStorage(path, image=image)
+            self.can_secure_erase = True
         self.name = image.name + (" (O_DIRECT)" if direct else "")
 
     def __dealloc__(self):
@@ -120,18 +126,21 @@ cdef class UringStorage(Storage):
 
     def close(self) -> None:
         """Closes the file; a request that hangs in the kernel keeps it open. Idempotent."""
-        # The kernel takes rings apart later, and they have the file too.
-        self.image.close(idle=self.channels == 0)
+        if self.erasing is None or self.erasing.stop():
+            # The kernel takes rings apart later, and they have the file too.
+            self.image.close(idle=self.channels == 0)
 
 
 @cython.final
 cdef class UringChannel(Channel):
     cdef UringStorage storage
     cdef Shared *shared
+    cdef FileChannel erasing    # for SECURE_ERASE, or None; calls by our completion_fd
     cdef io_uring ring
     cdef bint is_open
     cdef bint is_enabled
     cdef int flying             # requests that we have
+    cdef int erases             # of them, those that `erasing` has
     cdef int bounces            # of them, those that use a buffer
     # To be copied by us; done without the kernel; not startable now; to go on with another entry.
     cdef Request *copies
@@ -159,7 +168,11 @@ cdef class UringChannel(Channel):
             raise OSError(-result, os.strerror(-result))
         self.is_open = True
         self.is_enabled = not params.flags & IORING_SETUP_R_DISABLED
-        self.completion_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if storage.can_secure_erase:
+            self.erasing = storage.erasing.channel()
+            self.completion_fd = os.dup(self.erasing.completion_fd)
+        else:
+            self.completion_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.completion_fd < 0:
             raise OSError(errno, os.strerror(errno))
         result = io_uring_register_files(&self.ring, &fd, 1)
@@ -181,6 +194,8 @@ cdef class UringChannel(Channel):
         if self.is_open and self.flying == 0:
             self.is_open = False
             self.storage.channels -= 1
+            if self.erasing is not None:
+                self.erasing.close()
             io_uring_queue_exit(&self.ring)
             close(self.completion_fd)
             self.completion_fd = -1
@@ -218,6 +233,8 @@ cdef class UringChannel(Channel):
             count += 1
         if self.copies != NULL:
             count = self.copy(done, count, limit)
+        if unlikely(self.erases > 0) and count < limit:
+            count = self.take_erased(done, count, limit)
         if io_uring_sq_ready(&self.ring) > 0:
             self.enter()
         if self.flying > count and count < limit:
@@ -261,12 +278,21 @@ cdef class UringChannel(Channel):
             self.copies_last = &self.copies
         return count
 
+    cdef int take_erased(self, Request **done, int count, int limit) noexcept nogil:
+        cdef int found = self.erasing.poll(done + count, limit - count)
+        self.erases -= found
+        if self.shared.gated:
+            atomic_add_i64(&self.shared.writers, -found)
+        return count + found
+
     cdef bint arm(self) noexcept nogil:
         if (self.copies != NULL or self.ready != NULL or self.again != NULL or self.waiting != NULL
                 or io_uring_sq_ready(&self.ring) > 0):
             return True
         if self.flying == 0:
             return False
+        if unlikely(self.erases > 0) and self.erasing.arm():
+            return True
         io_uring_cq_eventfd_toggle(&self.ring, True)
         fence_full()    # either the kernel sees the flag, or we see what it has done
         return (io_uring_cq_ready(&self.ring) > 0 or
@@ -274,6 +300,8 @@ cdef class UringChannel(Channel):
                  & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) != 0)
 
     cdef void disarm(self) noexcept nogil:
+        if unlikely(self.erases > 0):
+            self.erasing.disarm()
         io_uring_cq_eventfd_toggle(&self.ring, False)
 
     cdef void enter(self) noexcept nogil:
@@ -319,6 +347,12 @@ cdef class UringChannel(Channel):
         cdef Detour *detour = <Detour *>request.home
         cdef bint partial = False
         cdef bint aligned = True
+        cdef Detour passed
+        if request.op == Op.SECURE_ERASE:
+            if shared.gated and not pass_gate(shared, &passed, False):
+                return False
+            self.erases += self.erasing.submit(&request, 1)
+            return True
         if request.op <= Op.WRITE:
             partial = ((request.offset | request.size) & (shared.offset_alignment - 1)) != 0
             aligned = not partial and self.is_aligned(request)
