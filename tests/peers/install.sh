@@ -4,7 +4,8 @@
 #   tests/peers/install.sh build   compiler, Python headers, .venv with the Python packages
 #   tests/peers/install.sh demo    ... and QEMU 10 with a Linux kernel for guests
 #   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both; libnbd
-#                                  and a server for it; fio and XFS, for guests; DPDK's testpmd
+#                                  and a server for it; fio and XFS, for guests; DPDK's testpmd;
+#                                  User-mode Linux
 #   tests/peers/install.sh ceph    what demo needs, fio, librbd and a Ceph to test against
 #
 # System packages come by apt (with sudo where the caller is not root). The newer peers are
@@ -43,6 +44,7 @@ missing_packages() {
         [ -e /usr/include/libnbd.h ] || echo libnbd-dev
         command -v nbdkit >/dev/null || echo nbdkit
         command -v dpdk-testpmd >/dev/null || echo dpdk-dev
+        command -v linux.uml >/dev/null || echo user-mode-linux
     fi
     case $1 in
         test | ceph)
