@@ -152,7 +152,9 @@ class Disk:
             "write_zeroes_may_unmap": int(zeroes),
             "max_secure_erase_sectors": MAX_CLEAR_SECTORS if erase else 0,
             "max_secure_erase_seg": MAX_CLEAR_SEGMENTS if erase else 0,
-            "secure_erase_sector_alignment": self.block_size // SECTOR if erase else 0,
+            "secure_erase_sector_alignment": (
+                max(self.block_size, self.storage.erase_alignment) // SECTOR if erase else 0
+            ),
         }
         return CONFIG.pack(*(values[field] for field in CONFIG_FIELDS))
 

@@ -50,6 +50,7 @@ cdef class FaultyStorage(Storage):
         self.read_only = inner.read_only
         self.can_discard, self.can_write_zeroes = inner.can_discard, inner.can_write_zeroes
         self.can_secure_erase = inner.can_secure_erase
+        self.erase_alignment = inner.erase_alignment
         self.name = f"faults before {inner.name}"
 
     def fail(self, op: int, error: int, start: int = 0, end: int | None = None, *,

@@ -40,6 +40,7 @@ cdef class Storage:
     cdef readonly bint can_discard
     cdef readonly bint can_write_zeroes
     cdef readonly bint can_secure_erase
+    cdef readonly uint32_t erase_alignment   # of SECURE_ERASE, bytes; 0: that of a block
 
 cdef class Channel:
     # One user's queue into a storage: used by one worker, never shared. Asynchronous:

@@ -24,8 +24,8 @@ cdef struct Pool:
     bint no_zero_range
     uint64_t failed_flushes
 
-cdef bint has_secure_erase(int fd)
-# Whether the block device erases.
+cdef uint32_t erases_by(int fd)
+# What a block device wants the ranges of BLKSECDISCARD aligned to, bytes; 0: it erases none.
 
 cdef class FileStorage(Storage):
     cdef object image

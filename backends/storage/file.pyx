@@ -42,7 +42,7 @@ cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int, unsigned long, ...)
 
 cdef extern from "<linux/fs.h>" nogil:
-    unsigned long BLKDISCARD, BLKSECDISCARD
+    unsigned long BLKDISCARD, BLKSECDISCARD, BLKSSZGET
 
 cdef enum:
     THREADS = 8             # requests that the kernel has at a time
@@ -179,11 +179,14 @@ cdef int secure_erase(Pool *pool, Request *request) noexcept nogil:
     return -errno if ioctl(pool.fd, BLKSECDISCARD, where) < 0 else 0
 
 
-cdef bint has_secure_erase(int fd):
-    # Asked with a range that none would take.
+cdef uint32_t erases_by(int fd):
     cdef uint64_t where[2]
+    cdef int block = 0
+    # Asked with a range that none would take.
     where[0] = where[1] = 1
-    return ioctl(fd, BLKSECDISCARD, where) < 0 and errno == EINVAL
+    if ioctl(fd, BLKSECDISCARD, where) == 0 or errno != EINVAL or ioctl(fd, BLKSSZGET, &block) < 0:
+        return 0
+    return <uint32_t>block
 
 
 cdef int flush(Pool *pool) noexcept nogil:
@@ -273,8 +276,9 @@ cdef class FileStorage(Storage):
         self.block_size = self.image.block_size
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
-        self.can_secure_erase = (not read_only and image.is_device
-                                 and has_secure_erase(image.fd))
+        if image.is_device and not read_only:
+            self.erase_alignment = erases_by(image.fd)
+            self.can_secure_erase = self.erase_alignment > 0
         self.name = self.image.name
 
     def channel(self) -> FileChannel:

@@ -44,7 +44,7 @@ from vhostpy.backends.storage._liburing cimport (
 )
 from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
 from vhostpy.backends.storage._uring_setup cimport setup_flags
-from vhostpy.backends.storage.file cimport FileChannel, FileStorage, has_secure_erase
+from vhostpy.backends.storage.file cimport FileChannel, FileStorage, erases_by
 
 import os
 
@@ -108,9 +108,11 @@ cdef class UringStorage(Storage):
         self.block_size = image.block_size
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
-        if image.is_device and not read_only and has_secure_erase(image.fd):
+        if image.is_device and not read_only:
+            self.erase_alignment = erases_by(image.fd)
+            self.can_secure_erase = self.erase_alignment > 0
+        if self.can_secure_erase:
             self.erasing = FileStorage(path, image=image)
-            self.can_secure_erase = True
         self.name = image.name + (" (O_DIRECT)" if direct else "")
 
     def __dealloc__(self):

@@ -1,7 +1,7 @@
 """Our storages on block devices of a guest's kernel: test_block_device.py runs these in there.
 
 /dev/vda is a RAM disk of ours, with all that a disk can do. /dev/vdb has been told to fail
-each request that clears. /dev/vdc has no SECURE_ERASE.
+each request that clears. /dev/vdc has no SECURE_ERASE. /dev/vdd has blocks of 4096 bytes.
 """
 
 import fcntl
@@ -25,6 +25,7 @@ from tests.backends.guest import (
 from tests.backends.machine import Machine
 from vhostpy._spec import Feature
 from vhostpy.backends._clear import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS
+from vhostpy.backends.disk import CONFIG, CONFIG_FIELDS
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.uring import UringStorage
 
@@ -117,6 +118,27 @@ def test_a_device_that_cannot_erase_is_not_said_to(open_storage):
         assert not machine.disk.features() >> Feature.BLK_SECURE_ERASE & 1
         assert machine.disk.features() >> Feature.BLK_DISCARD & 1
         assert machine.guest.request(SECURE_ERASE, data=ranges((0, 8))).wait() == UNSUPP
+
+
+@each_storage
+def test_a_device_of_large_blocks_erases_whole_ones_and_says_so(open_storage):
+    with Machine(open_storage("/dev/vdd")) as machine:
+        guest = machine.guest
+        config = dict(zip(CONFIG_FIELDS, CONFIG.unpack(machine.disk.config()), strict=True))
+        assert (config["blk_size"], config["secure_erase_sector_alignment"]) == (512, 8)
+        assert guest.request(OUT, 0, data=pattern(0)).wait() == OK
+        assert guest.request(SECURE_ERASE, data=ranges((8, 8))).wait() == OK
+        assert guest.request(SECURE_ERASE, data=ranges((25, 1))).wait() == IOERR
+        # Of these any sector will do: what the device does not take is written.
+        assert guest.request(WRITE_ZEROES, data=ranges((33, 1))).wait() == OK
+        assert guest.request(DISCARD, data=ranges((41, 1))).wait() == OK
+        read = guest.request(IN, 0, space=512 * KIB64)
+        assert read.wait() == OK
+        changed = {sector for sector in range(KIB64) if read.data[512 * sector] == 0}
+        # The kernel's copy of what it then refuses to clear may be gone.
+        assert {*range(8, 16), 33} <= changed <= {*range(8, 16), 25, 33, 41}
+        whole = [pattern(0)[:512], bytes(512)]
+        assert read.data == b"".join(whole[sector in changed] for sector in range(KIB64))
 
 
 @each_storage

@@ -36,6 +36,7 @@ def test_block_devices_are_cleared_and_erased(directory: Path) -> None:
             ("vda", RamStorage(SIZE)),
             ("vdb", failing),
             ("vdc", NullStorage(SIZE)),
+            ("vdd", RamStorage(1 << 20, block_size=4096)),
         )
     ]
     servers = [Server(disk, path=str(directory / disk.name)) for disk in disks]
@@ -46,7 +47,7 @@ def test_block_devices_are_cleared_and_erased(directory: Path) -> None:
     finally:
         workers.stop()
     assert done.returncode == 0, done.stdout
-    good, bad, unable = (disk.status()["queues"][0] for disk in disks)
+    good, bad, unable, _ = (disk.status()["queues"][0] for disk in disks)
     # By each of two storages: three ranges, the largest one, as many as there may be. Then the
     # one that the kernel had to cut in two.
     assert good["secure_erases"] == 2 * (3 + 1 + MAX_CLEAR_SEGMENTS) + 2
