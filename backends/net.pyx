@@ -9,18 +9,19 @@ Guests' memory changes under our hands: what is decided upon was read once, into
 `Frame.head`, and it is that copy which the receiver gets. The rest is copied unseen.
 """
 cimport cython
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, prefetch_read, read_once_u32,
+from vhostpy._chain cimport is_one_writable
+from vhostpy._hw cimport (aligned_alloc, copy_once_16, likely, load_acquire_ptr, read_once_u32,
                           spin_lock, spin_unlock, store_release_ptr, unlikely, write_once_u32)
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
-from vhostpy.backends._copy cimport (LINES_AHEAD, copy_rest, fetch, gather, lines_of,
-                                     store_header, take_snapshot)
+from vhostpy.backends._copy cimport (BYTES_AHEAD, copy_rest, fetch, gather, store_header,
+                                     take_snapshot)
 from vhostpy.backends._spread cimport log_spread, spread
 from vhostpy.backends.netcounters cimport counters_of, drop_name
 from vhostpy.memory cimport Segment
@@ -60,10 +61,8 @@ cdef struct Pair:
     uint32_t written[WINDOW]
     Chain chains[WINDOW]
 
-assert sizeof(Pair) % 64 == 0 and sizeof(QueueCounters) % 64 == 0 and sizeof(NetHeader) == 10
-
-cdef inline uint8_t *first_buffer(const Chain *chain) noexcept nogil:
-    return chain.segments[chain.readable].hva
+assert sizeof(Pair) % 64 == 0 and sizeof(QueueCounters) % 64 == 0
+assert sizeof(Frame) == 64 and sizeof(NetHeader) == 10
 
 
 cdef inline int refuse(Frame *frame, int reason) noexcept nogil:
@@ -74,32 +73,56 @@ cdef inline int refuse(Frame *frame, int reason) noexcept nogil:
     return 0
 
 
-cdef inline void view(Chain *chain, Frame *frame, uint32_t skip,
-                      bint enabled) noexcept nogil:
+cdef inline bint view_whole(Chain *chain, Frame *frame, uint32_t skip) noexcept nogil:
+    """The usual chain: one piece, header of `skip` bytes included, as long as the snapshot.
+
+    False: nothing was done, ask view().
+    """
+    cdef Segment *segment = chain.segments
+    cdef uint32_t length
+    if unlikely(chain.readable != 1):        # no segment, perhaps
+        return False
+    length = segment.length - skip           # huge when shorter
+    if unlikely(length - SNAPSHOT > <uint32_t>(FRAME_MAX - SNAPSHOT)):
+        return False
+    segment.hva += skip
+    segment.gpa += skip
+    segment.length = length
+    frame.segments = segment
+    # With `count` 1 and no fault; the cookie, which is id and slots, with no offloads.
+    (<uint64_t *>&frame.length)[0] = length | <uint64_t>1 << 32
+    (<uint64_t *>&frame.cookie)[0] = (<uint32_t *>&chain.id)[0]
+    (<uint64_t *>&frame.cookie)[1] = 0
+    copy_once_16(frame.head, segment.hva)
+    copy_once_16(frame.head + 16, segment.hva + 16)
+    return True
+
+
+cdef void view(Chain *chain, Frame *frame, uint32_t skip, bint enabled) noexcept nogil:
     """Makes a frame of a chain: what follows the virtio-net header of `skip` bytes."""
     cdef Segment *segment = chain.segments
-    frame.cookie = chain.id | <uint32_t>chain.slots << 16
+    frame.cookie = (<uint32_t *>&chain.id)[0]
     frame.fault = 0
     # No offload is negotiated: whatever the header says means nothing.
     memset(&frame.header, 0, sizeof(NetHeader))
-    if unlikely(not enabled):
+    if not enabled:
         refuse(frame, Drop.DROP_DISABLED)
         return
-    if unlikely(chain.fault):
+    if chain.fault:
         refuse(frame, Drop.DROP_BAD_CHAIN)
         frame.head[0] = <uint8_t>chain.fault     # for release(), which counts it
         return
     # Writable parts are of no use here, and not touched.
-    if unlikely(chain.readable_bytes < skip + ETHERNET_HEADER):
+    if chain.readable_bytes < skip + ETHERNET_HEADER:
         refuse(frame, Drop.DROP_TOO_SHORT)
         return
     frame.length = chain.readable_bytes - skip
-    if unlikely(frame.length > FRAME_MAX):
+    if frame.length > FRAME_MAX:
         refuse(frame, Drop.DROP_TOO_LONG)
         return
     frame.count = chain.readable
     # The header may be cut anywhere (CVE-2022-2132).
-    while unlikely(skip >= segment.length):
+    while skip >= segment.length:
         skip -= segment.length
         segment += 1
         frame.count -= 1
@@ -112,10 +135,11 @@ cdef inline void view(Chain *chain, Frame *frame, uint32_t skip,
 
 cdef inline void write_whole(uint8_t *to, const Frame *frame, uint32_t header_size) noexcept nogil:
     """A frame in one piece, at least as long as the snapshot, to one piece."""
+    cdef const uint8_t *source = frame.segments.hva
     store_header(to, &frame.header, header_size == 12, 1)
     to += header_size
     memcpy(to, frame.head, SNAPSHOT)
-    copy_rest(to + SNAPSHOT, frame.segments.hva + SNAPSHOT, frame.length - SNAPSHOT)
+    copy_rest(to + SNAPSHOT, source + SNAPSHOT, frame.length - SNAPSHOT)
 
 
 @cython.final
@@ -157,6 +181,7 @@ cdef class NetPort(Port):
         cdef Pair *pair = &self.pairs[queue]
         cdef void *tx = load_acquire_ptr(&pair.tx)
         cdef Chain chains[BURST]
+        cdef uint32_t skip = self.header_size
         cdef int count, i
         cdef bint enabled
         if tx == NULL or not (<Virtqueue>tx).is_live():
@@ -168,7 +193,8 @@ cdef class NetPort(Port):
         # virtio's rule for a disabled queue: its frames are taken and discarded.
         enabled = pair.tx_enabled
         for i in range(count):
-            view(&chains[i], &burst[i], self.header_size, enabled)
+            if unlikely(not enabled or not view_whole(&chains[i], &burst[i], skip)):
+                view(&chains[i], &burst[i], skip, enabled)
         return count
 
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil:
@@ -177,8 +203,7 @@ cdef class NetPort(Port):
         cdef uint64_t size = 0
         cdef int i
         for i in range(count):
-            chains[i].id = <uint16_t>burst[i].cookie
-            chains[i].slots = <uint16_t>(burst[i].cookie >> 16)
+            (<uint32_t *>&chains[i].id)[0] = burst[i].cookie
             size += burst[i].length
             if unlikely(burst[i].fault == Drop.DROP_BAD_CHAIN + 1):
                 pair.sent.chain_faults[burst[i].head[0]] += 1
@@ -193,8 +218,7 @@ cdef class NetPort(Port):
         cdef Chain chains[BURST]
         cdef int i
         for i in range(count):
-            chains[i].id = <uint16_t>burst[i].cookie
-            chains[i].slots = <uint16_t>(burst[i].cookie >> 16)
+            (<uint32_t *>&chains[i].id)[0] = burst[i].cookie
         (<Virtqueue>self.pairs[queue].tx).rewind(chains, count)
 
     cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil:
@@ -270,30 +294,32 @@ cdef class NetPort(Port):
         cdef Chain *chain = &pair.chains[pair.next]
         cdef uint32_t *written = &pair.written[pair.next]
         cdef uint32_t header_size = self.header_size
+        cdef uint32_t need
         cdef uint64_t size = 0
         cdef const Frame *frame
         cdef int done = 0, ahead = 0
-        cdef int32_t flying = 0
+        cdef int64_t flying = 0
         if pair.logging:
             return 0
         if pair.next == pair.have and pair.faulty < FAULTY_MAX:
             self.pop_more(pair, count, 0)
         count = min(count, pair.have - pair.next)
         while done < count:
-            while ahead < count and flying < LINES_AHEAD:
-                if likely(frames[ahead].count == 1 and chain[ahead - done].writable):
-                    fetch(frames[ahead], first_buffer(&chain[ahead - done]) + header_size)
-                flying += lines_of(frames[ahead])
+            while ahead < count and flying < BYTES_AHEAD:
+                if likely(is_one_writable(&chain[ahead])):
+                    fetch(frames[ahead], chain[ahead].segments.hva + header_size)
+                flying += frames[ahead].length
                 ahead += 1
             frame = frames[done]
-            if unlikely(frame.count != 1 or frame.length < SNAPSHOT or chain.writable != 1
-                        or chain.writable_bytes < header_size + frame.length):
+            need = header_size + frame.length
+            if unlikely(frame.count != 1 or frame.length < SNAPSHOT
+                        or not is_one_writable(&chain[done])
+                        or chain[done].writable_bytes < need):
                 break
-            flying -= lines_of(frame)
-            write_whole(first_buffer(chain), frame, header_size)
-            written[done] = header_size + frame.length
+            write_whole(chain[done].segments.hva, frame, header_size)
+            flying -= frame.length
             size += frame.length
-            chain += 1
+            written[done] = need
             done += 1
         pair.next += done
         pair.received.to_guest_packets += done
@@ -370,20 +396,14 @@ cdef class NetPort(Port):
         """Takes buffers: one for each frame to come, more once a frame needs several.
         Returns how many; 0: none now; RING_BROKEN."""
         cdef int limit = min(max(wanted, 16) if chains else wanted, <int>BURST)
-        cdef int count, i
-        cdef Chain *chain
+        cdef int count
         limit = min(limit, WINDOW - pair.have)
         if limit <= 0:
             return 0
-        chain = &pair.chains[pair.have]
-        count = (<Virtqueue>pair.rx).pop(chain, limit, &pair.scratch)
+        count = (<Virtqueue>pair.rx).pop(&pair.chains[pair.have], limit, &pair.scratch)
         if count <= 0:
             return count
         pair.have += count
-        # The headers' lines, which are compared before they are written: shared they do.
-        for i in range(count):
-            if likely(chain[i].writable):
-                prefetch_read(first_buffer(&chain[i]))
         return count
 
     # Counters -----------------------------------------------------------------------

@@ -5,9 +5,9 @@ where the next descriptor of a chain lies. Inline is what runs for each packet.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._ends cimport Ring
-from vhostpy._hw cimport prefetch_read
+from vhostpy._hw cimport likely, prefetch_read, unlikely
 from vhostpy._spec cimport DescriptorFlag
-from vhostpy.memory cimport (TRANSLATE_FAULT, TRANSLATE_FULL, Segment, translate,
+from vhostpy.memory cimport (TRANSLATE_FAULT, TRANSLATE_FULL, Region, Segment, translate,
                              translate_whole)
 
 cdef enum:
@@ -51,6 +51,15 @@ cdef struct Chain:
     uint32_t fault         # ChainFault
     uint16_t entry         # packed, where chains outlive us: the first one of its record
 
+cdef extern from *:
+    """
+    /* The words of a Chain with one segment and one slot, from `readable` to `slots`. */
+    #define VHOSTPY_ONE_READABLE 0x0001000000000001ull
+    #define VHOSTPY_ONE_WRITABLE 0x0001000000010000ull
+    """
+    uint64_t ONE_READABLE "VHOSTPY_ONE_READABLE"
+    uint64_t ONE_WRITABLE "VHOSTPY_ONE_WRITABLE"
+
 cdef struct Scratch:
     # Segments of the chains that are out; reset by whoever starts a turn.
     Segment *segments
@@ -59,6 +68,11 @@ cdef struct Scratch:
 
 cdef int scratch_make(Scratch *scratch) except -1
 cdef void scratch_free(Scratch *scratch) noexcept nogil
+
+cdef inline bint is_one_writable(const Chain *chain) noexcept nogil:
+    """One writable segment and no readable one: `segments` is where it is."""
+    return (<const uint32_t *>&chain.readable)[0] == <uint32_t>ONE_WRITABLE
+
 
 cdef struct Descriptor:
     uint64_t gpa
@@ -98,42 +112,58 @@ cdef inline Descriptor packed_descriptor(uint64_t gpa, uint64_t rest) noexcept n
     return descriptor
 
 
-cdef inline bint take_plain(Ring *ring, Chain *chain, Segment *out, uint64_t gpa,
-                            uint32_t length, bint writable) noexcept nogil:
+cdef inline Region region_served_last(const Ring *ring) noexcept nogil:
+    """A copy: registers, where the ring's own would be loaded again for each chain."""
+    cdef Region region
+    if likely(ring.worker.hint < ring.control.map.count):
+        return ring.control.map.regions[ring.worker.hint]
+    region.gpa = region.size = 0
+    region.hva = NULL
+    return region
+
+
+cdef inline bint take_plain(Chain *chain, Segment *out, const Region *region, uint64_t gpa,
+                            uint32_t length, uint16_t id, bint writable,
+                            uint32_t lead) noexcept nogil:
     """The usual chain: one descriptor, all of it in the region that served last.
 
-    False: nothing was done, walk it.
+    False: walk it.
     """
+    cdef uint64_t offset = gpa - region.gpa     # huge when below
     cdef uint8_t *hva
-    if length == 0:
+    # A length of 0 is huge by then.
+    if unlikely(offset >= region.size or <uint64_t>length - 1 >= region.size - offset):
         return False
-    hva = translate_whole(ring.control.map, gpa, length, &ring.worker.hint)
-    if hva == NULL:
-        return False
+    hva = region.hva + offset
     out.hva = hva
     out.gpa = gpa
     out.length = length
+    chain.segments = out
+    chain.fault = CHAIN_OK
+    # Counts, id and slots by one store, bytes by another.
     if writable:
-        chain.readable = 0
-        chain.writable = 1
-        chain.readable_bytes = 0
-        chain.writable_bytes = length
+        # The line of a header, which is compared before it is written: shared it does.
+        prefetch_read(hva)
+        (<uint64_t *>&chain.readable)[0] = ONE_WRITABLE | <uint64_t>id << 32
+        (<uint64_t *>&chain.readable_bytes)[0] = <uint64_t>length << 32
     else:
         # 5-10 cycles a packet at 64 B; the header's line instead of the frame's: 50 more.
-        prefetch_read(hva + ring.control.lead)
-        chain.readable = 1
-        chain.writable = 0
-        chain.readable_bytes = length
-        chain.writable_bytes = 0
+        prefetch_read(hva + lead)
+        (<uint64_t *>&chain.readable)[0] = ONE_READABLE | <uint64_t>id << 32
+        (<uint64_t *>&chain.readable_bytes)[0] = length
     return True
 
 
-cdef inline void walk_begin(Walk *walk, Ring *ring, Segment *out, int room,
-                            bint whole_scratch) noexcept nogil:
+cdef inline void walk_begin(Walk *walk, Ring *ring, Chain *chain, uint16_t id, Segment *out,
+                            const Scratch *scratch) noexcept nogil:
+    chain.segments = out
+    chain.id = id
+    chain.slots = 1
+    chain.fault = CHAIN_OK
     walk.ring = ring
     walk.out = out
-    walk.room = room
-    walk.whole_scratch = whole_scratch
+    walk.room = <int>(scratch.segments + scratch.limit - out)
+    walk.whole_scratch = out == scratch.segments
     walk.count = walk.readable = 0
     walk.writing = False
     walk.readable_bytes = walk.writable_bytes = 0

@@ -24,6 +24,12 @@ static inline uint32_t read_once_u32(const void *p)
 static inline uint64_t read_once_u64(const void *p)
 { return __atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED); }
 
+static inline void copy_once_16(void *to, const void *from)
+{
+    typedef uint64_t pair __attribute__((vector_size(16), aligned(1)));
+    *(pair *)to = *(const volatile pair *)from;
+}
+
 static inline void write_once_u16(void *p, uint16_t v)
 { __atomic_store_n((uint16_t *)p, v, __ATOMIC_RELAXED); }
 static inline void write_once_u32(void *p, uint32_t v)

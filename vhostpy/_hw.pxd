@@ -8,6 +8,7 @@ cdef extern from "_hw.h" nogil:
     uint16_t read_once_u16(const void *)
     uint32_t read_once_u32(const void *)
     uint64_t read_once_u64(const void *)
+    void copy_once_16(void *to, const void *source)
     void write_once_u16(void *, uint16_t)
     void write_once_u32(void *, uint32_t)
     void write_once_u64(void *, uint64_t)

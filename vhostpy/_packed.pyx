@@ -10,9 +10,9 @@ only the copy is used. Rings have any size: positions are compared, never masked
 Source: virtio 1.3, "Packed Virtqueues".
 """
 from vhostpy._chain cimport (
-    CHAIN_BAD_INDIRECT, CHAIN_OK, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX, WALK_STOP,
-    Descriptor, Walk, packed_descriptor, take_plain, walk_begin, walk_end, walk_piece,
-    walk_table,
+    CHAIN_BAD_INDIRECT, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX, WALK_STOP,
+    Descriptor, Walk, packed_descriptor, region_served_last, take_plain, walk_begin, walk_end,
+    walk_piece, walk_table,
 )
 from vhostpy._ends cimport (
     Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,
@@ -22,7 +22,7 @@ from vhostpy._hw cimport (
     read_once_u64, store_release_u64, unlikely, write_once_u16, write_once_u32, write_once_u64,
 )
 from vhostpy._spec cimport DescriptorFlag, EventFlag
-from vhostpy.memory cimport log_mark
+from vhostpy.memory cimport Region, log_mark
 
 
 cdef enum:
@@ -119,9 +119,10 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
     cdef uint32_t index = ring.worker.last_avail & INDEX
     cdef uint16_t available = available_flags(ring.worker.last_avail)
     cdef Segment *segment = scratch.segments + scratch.used
-    cdef int room = <int>(scratch.limit - scratch.used)
+    cdef Segment *end = scratch.segments + scratch.limit
+    cdef uint32_t lead = ring.control.lead
+    cdef Region region
     cdef int i = 0, got
-    cdef uint16_t flags
     cdef uint64_t gpa, rest
     cdef const uint8_t *where
     cdef Chain *chain
@@ -129,38 +130,43 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
     if unlikely(ring.worker.broken):
         return RING_BROKEN
     walk.steps = 0
-    while i < limit:
-        where = desc + DESCRIPTOR_SIZE * index
-        # Pairs with the driver's release store of its burst's first flags. Length, id and
-        # flags come by one load, so that they belong together.
-        rest = load_acquire_u64(where + 8)
-        flags = <uint16_t>(rest >> 48)
-        if flags & OWNER != available:
-            break
-        gpa = read_once_u64(where)
-        prefetch_read(where + DESCRIPTOR_SIZE * AHEAD)
-        chain = &chains[i]
-        chain.segments = segment
-        chain.id = <uint16_t>(rest >> 32)
-        chain.slots = 1
-        chain.fault = CHAIN_OK
-        if likely(not flags & (DescriptorFlag.DESC_NEXT | DescriptorFlag.DESC_INDIRECT)
-                  and room > 0
-                  and take_plain(ring, chain, segment, gpa, <uint32_t>rest,
-                                 flags & DescriptorFlag.DESC_WRITE)):
+    while True:
+        # No call in this loop: all that it needs stays in registers.
+        region = region_served_last(ring)
+        while i < limit:
+            where = desc + DESCRIPTOR_SIZE * index
+            # Pairs with the driver's release store of its burst's first flags. Length, id and
+            # flags come by one load, so that they belong together.
+            rest = load_acquire_u64(where + 8)
+            if rest >> 48 & OWNER != available:
+                limit = i
+                break
+            gpa = read_once_u64(where)
+            prefetch_read(where + DESCRIPTOR_SIZE * AHEAD)
+            if unlikely(rest >> 48 & (DescriptorFlag.DESC_NEXT | DescriptorFlag.DESC_INDIRECT)
+                        or segment == end
+                        or not take_plain(&chains[i], segment, &region, gpa, <uint32_t>rest,
+                                          <uint16_t>(rest >> 32),
+                                          rest >> 48 & DescriptorFlag.DESC_WRITE, lead)):
+                break
             segment += 1
-            room -= 1
-        else:
-            walk_begin(&walk, ring, segment, room, segment == scratch.segments)
-            got = packed_walk(ring, &walk, chain, packed_descriptor(gpa, rest), index)
-            if unlikely(got == WALK_BROKEN):
-                break_ring(ring)
-                break
-            got = walk_end(&walk, got, chain)
-            if got == WALK_STOP:
-                break
-            segment += got
-            room -= got
+            i += 1
+            index += 1
+            if index == size:
+                index = 0
+                available ^= OWNER
+        if i == limit:
+            break
+        chain = &chains[i]
+        walk_begin(&walk, ring, chain, <uint16_t>(rest >> 32), segment, scratch)
+        got = packed_walk(ring, &walk, chain, packed_descriptor(gpa, rest), index)
+        if unlikely(got == WALK_BROKEN):
+            break_ring(ring)
+            break
+        got = walk_end(&walk, got, chain)
+        if got == WALK_STOP:
+            break
+        segment += got
         i += 1
         index += chain.slots
         if index >= size:
