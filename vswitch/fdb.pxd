@@ -5,51 +5,64 @@ Knows keys and port numbers; knows no frame, port object or ring.
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 
 from libc.string cimport memcpy
-from vhostpy._hw cimport load_acquire_u64, prefetch_read, read_once_u32, read_once_u64
+from vhostpy._hw cimport likely, prefetch_read
 
 cdef extern from *:
     """
-    /* Set in every stored key: MAC 0 on VLAN 0 is a key too. */
+    /* An entry: one word, so that whoever reads it has all of it. 0: a free place. */
     #define VHOSTPY_FDB_OCCUPIED (1ull << 63)
+    #define VHOSTPY_FDB_PORT_BIT 51               /* 12 bits */
+    #define VHOSTPY_FDB_FRESH (1ull << 50)        /* seen in this second */
+    #define VHOSTPY_FDB_SECOND (1ull << 49)       /* it stands in its key's second bucket */
+    #define VHOSTPY_FDB_TAG_FROM 11               /* of the hash: the 49 bits below */
+    #define VHOSTPY_FDB_HASH ((1ull << 60) - 1)   /* as a key: 12 bits of VLAN id, 48 of MAC */
+    #define VHOSTPY_FDB_SAME (~(0xfffull << VHOSTPY_FDB_PORT_BIT | VHOSTPY_FDB_FRESH))
+
+    /* The word of a bucket whose bits of SAME are `wanted`; 0: none. Without a branch: no
+       predictor guesses in which of eight places a key is. Each word is read once. Of two that
+       match, since the key was put elsewhere meanwhile, one is chosen: both were answers. */
+    static inline uint64_t vhostpy_fdb_word_in(const uint64_t *bucket, uint64_t wanted)
+    {
+        typedef uint64_t pair __attribute__((vector_size(16)));
+        const volatile pair *words = (const volatile pair *)bucket;
+        const pair same = {VHOSTPY_FDB_SAME, VHOSTPY_FDB_SAME};
+        const pair all_wanted = {wanted, wanted};
+        pair found = {0, 0};
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            pair word = words[i];
+            pair matches = (pair)((word & same) == all_wanted);
+            found = (found & ~matches) | (word & matches);
+        }
+        return found[1] ? found[1] : found[0];
+    }
     """
     uint64_t OCCUPIED "VHOSTPY_FDB_OCCUPIED"
-    int lowest_bit "__builtin_ctz" (uint32_t) nogil
-
-cdef extern from "<arpa/inet.h>" nogil:
-    uint32_t ntohl(uint32_t)
-    uint16_t ntohs(uint16_t)
+    uint64_t FRESH "VHOSTPY_FDB_FRESH"
+    uint64_t SECOND "VHOSTPY_FDB_SECOND"
+    uint64_t SAME "VHOSTPY_FDB_SAME"
+    uint64_t HASH_MASK "VHOSTPY_FDB_HASH"
+    int PORT_BIT "VHOSTPY_FDB_PORT_BIT"
+    int TAG_FROM "VHOSTPY_FDB_TAG_FROM"
+    uint64_t fdb_word_in "vhostpy_fdb_word_in" (const uint64_t *bucket,
+                                                uint64_t wanted) noexcept nogil
 
 cdef enum:
     FDB_UNKNOWN = -1
     FDB_PORTS_MAX = 4096   # port numbers are below this
-    PLACES = 4             # in a bucket
+    PLACES = 8             # in a bucket, which is one cache line
 
-cdef inline uint64_t fdb_key(uint16_t vlan, const uint8_t *mac) noexcept nogil:
-    # 12 bits of VLAN id, 48 of MAC (network order, first byte highest).
-    cdef uint32_t high
-    cdef uint16_t low
-    memcpy(&high, mac, 4)
-    memcpy(&low, mac + 4, 2)
-    return <uint64_t>(vlan & 0xfff) << 48 | <uint64_t>ntohl(high) << 16 | ntohs(low)
-
-cdef struct Address:
-    # A key and where the table looks for it: hashed once, when its buckets are prefetched.
-    uint64_t key
-    uint64_t hash
-
-cdef struct Entry:
-    uint64_t key           # with OCCUPIED; 0: a free place
-    uint64_t value         # port << 32 | second when it was last seen
 
 cdef class ForwardingTable:
-    cdef Entry *table           # buckets of four
+    cdef uint64_t *table         # buckets of eight words
+    cdef uint32_t *seen_s        # of each place: the second when its entry was last seen
     cdef uint64_t bucket_mask
     cdef uint64_t seed           # secret: a guest can't choose MACs that share a bucket
     cdef uint32_t lock           # writers
     cdef uint32_t now_s          # control's clock, advanced by tick()
     cdef uint64_t changes        # moves on when any answer of lookup() may have changed
+    cdef bint flushing           # no entry moves meanwhile
     cdef uint64_t hand           # where the search for an entry to evict goes on
-    cdef uint64_t swept          # where tick() goes on
     cdef readonly uint32_t limit
     cdef readonly uint32_t count
     cdef readonly uint32_t age_s
@@ -57,92 +70,87 @@ cdef class ForwardingTable:
     cdef uint32_t ports_in_use   # that have entries
     cdef readonly uint64_t learned, moved, aged, refused, evicted
 
-    cdef void learn_slowly(self, const Address *address, int port) noexcept nogil
+    cdef void learn_slowly(self, uint64_t hash, int port) noexcept nogil
     # Any worker, concurrently. Never a group address.
 
-    cdef Entry *bucket(self, uint64_t key, int choice) noexcept nogil
-    cdef Entry *place_for(self, uint64_t key) noexcept nogil
-    cdef bint make_room(self, uint64_t key, int port, bint here) noexcept nogil
-    cdef bint evict_from(self, Entry *bucket, uint32_t share) noexcept nogil
-    cdef void fill(self, Entry *entry, uint64_t key, int port) noexcept nogil
-    cdef void empty(self, Entry *entry) noexcept nogil
-    cdef void renew(self, Entry *entry, int port) noexcept nogil
+    cdef void note(self, uint64_t hash, int port) noexcept nogil
+    cdef uint64_t *place_of(self, uint64_t *bucket, uint64_t tag) noexcept nogil
+    cdef uint64_t *place_for(self, uint64_t *first, uint64_t *second) noexcept nogil
+    cdef uint64_t *free_place(self, uint64_t *bucket) noexcept nogil
+    cdef uint64_t *vacated(self, uint64_t *bucket) noexcept nogil
+    cdef bint make_room(self, int port) noexcept nogil
+    cdef bint evict_from(self, uint64_t *bucket, uint32_t share) noexcept nogil
+    cdef void put(self, uint64_t *place, uint64_t identity, int port) noexcept nogil
+    cdef void clear(self, uint64_t *place) noexcept nogil
     cdef void count_entry(self, int port, int change) noexcept nogil
-    cdef void note(self, uint64_t key, int port) noexcept nogil
-    cdef bint empty_if_old(self, Entry *entry) noexcept nogil
-    cdef void sweep(self, uint64_t count) noexcept nogil
+    cdef void sweep(self) noexcept nogil
+    cdef bint is_old(self, uint64_t *place) noexcept nogil
+    cdef void set_flushing(self, bint flushing) noexcept nogil
+    cdef uint64_t key_of(self, uint64_t bucket, uint64_t word) noexcept nogil
 
 
-# What runs per frame: inline, 7 cycles of 109 where each frame has other addresses.
+# What runs per frame, inline.
+
+cdef inline uint64_t fdb_key(uint16_t vlan, const uint8_t *mac) noexcept nogil:
+    """`mac` has two more bytes behind it, which may be any."""
+    cdef uint64_t octets
+    memcpy(&octets, mac, 8)
+    return octets & <uint64_t>0xffffffffffff | <uint64_t>(vlan & 0xfff) << 48
+
 
 cdef inline uint64_t fdb_hash(ForwardingTable table, uint64_t key) noexcept nogil:
-    # MurmurHash3's finalizer: every input bit changes every output bit.
+    """Of 60 bits, and each hash of one key only: bucket and tag together say which.
+
+    MurmurHash3's finalizer, cut to 60 bits: every input bit changes every output bit.
+    """
     key ^= table.seed
-    key = (key ^ (key >> 33)) * <uint64_t>0xff51afd7ed558ccdULL
-    key = (key ^ (key >> 33)) * <uint64_t>0xc4ceb9fe1a85ec53ULL
-    return key ^ (key >> 33)
+    key = (key ^ (key >> 32)) * <uint64_t>0xff51afd7ed558ccdULL & HASH_MASK
+    key = (key ^ (key >> 32)) * <uint64_t>0xc4ceb9fe1a85ec53ULL & HASH_MASK
+    return key ^ (key >> 32)
 
 
-cdef inline int fdb_port_of(uint64_t value) noexcept nogil:
-    return <int>(value >> 32)
+cdef inline uint64_t *fdb_first(ForwardingTable table, uint64_t hash) noexcept nogil:
+    return &table.table[(hash & table.bucket_mask) * PLACES]
 
 
-cdef inline bint fdb_is_old(ForwardingTable table, uint64_t value) noexcept nogil:
-    # Signed: an entry may have been seen after our copy of the clock was read.
-    return <int>(read_once_u32(&table.now_s) - <uint32_t>value) >= <int>table.age_s
+cdef inline uint64_t fdb_to_other(ForwardingTable table, uint64_t hash) noexcept nogil:
+    """What turns the number of one of a key's buckets into that of the other. The tag says it."""
+    return (hash >> 2 * TAG_FROM & table.bucket_mask) | 1
 
 
-cdef inline uint32_t fdb_matches(const Entry *bucket, uint64_t key) noexcept nogil:
-    # A bit for each place that holds the key. Without a loop, which costs as much again.
-    return (<uint32_t>(load_acquire_u64(&bucket[0].key) == key)
-            | <uint32_t>(load_acquire_u64(&bucket[1].key) == key) << 1
-            | <uint32_t>(load_acquire_u64(&bucket[2].key) == key) << 2
-            | <uint32_t>(load_acquire_u64(&bucket[3].key) == key) << 3)
+cdef inline uint64_t *fdb_second(ForwardingTable table, uint64_t hash) noexcept nogil:
+    return &table.table[(hash & table.bucket_mask ^ fdb_to_other(table, hash)) * PLACES]
 
 
-cdef inline Entry *fdb_find(ForwardingTable table, uint64_t key, uint64_t hash) noexcept nogil:
-    cdef Entry *first = &table.table[(hash & table.bucket_mask) * PLACES]
-    cdef Entry *second = &table.table[((hash >> 32) & table.bucket_mask) * PLACES]
-    cdef uint32_t match
-    cdef int place
-    key |= OCCUPIED
-    # One branch for all places: no predictor guesses in which of them a key is. To fetch the
-    # second bucket only where the first fails costs more than it saves (106 -> 135 cycles).
-    match = fdb_matches(first, key) | fdb_matches(second, key) << PLACES
-    if match == 0:
-        return NULL
-    place = lowest_bit(match)
-    return (first if place < PLACES else second) + (place & PLACES - 1)
+cdef inline int fdb_port_of(uint64_t word) noexcept nogil:
+    return <int>(word >> PORT_BIT & 0xfff)
 
 
-cdef inline void fdb_prepare(ForwardingTable table, Address *address,
-                             uint64_t key) noexcept nogil:
-    """Fills the address in, and fetches what the other two will look at."""
+cdef inline uint64_t fdb_prepare(ForwardingTable table, uint64_t key) noexcept nogil:
+    """The key's hash, which the other two take; fetches what they will look at."""
     cdef uint64_t hash = fdb_hash(table, key)
-    address.key = key
-    address.hash = hash
-    prefetch_read(&table.table[(hash & table.bucket_mask) * PLACES])
-    prefetch_read(&table.table[((hash >> 32) & table.bucket_mask) * PLACES])
+    prefetch_read(fdb_first(table, hash))
+    return hash
 
 
-cdef inline int fdb_lookup(ForwardingTable table, const Address *address) noexcept nogil:
-    """The port behind it, or FDB_UNKNOWN (also when the entry has aged out)."""
-    cdef Entry *entry = fdb_find(table, address.key, address.hash)
-    cdef uint64_t value
-    if entry == NULL:
-        return FDB_UNKNOWN
-    value = load_acquire_u64(&entry.value)
-    # Still that key: then this was its value. Pairs with fill() and empty(), which
-    # clear the key before they touch the value.
-    if read_once_u64(&entry.key) != (address.key | OCCUPIED) or fdb_is_old(table, value):
-        return FDB_UNKNOWN
-    return fdb_port_of(value)
+cdef inline uint64_t fdb_find(ForwardingTable table, uint64_t hash) noexcept nogil:
+    """The key's entry; 0: none."""
+    cdef uint64_t wanted = OCCUPIED | hash >> TAG_FROM
+    cdef uint64_t word = fdb_word_in(fdb_first(table, hash), wanted)
+    # Of the keys of a full table, one in a hundred stands in its second bucket.
+    if likely(word):
+        return word
+    return fdb_word_in(fdb_second(table, hash), wanted | SECOND)
 
 
-cdef inline void fdb_learn(ForwardingTable table, const Address *address,
-                           int port) noexcept nogil:
+cdef inline int fdb_lookup(ForwardingTable table, uint64_t hash) noexcept nogil:
+    """The port behind it, or FDB_UNKNOWN."""
+    cdef uint64_t word = fdb_find(table, hash)
+    return fdb_port_of(word) if word else FDB_UNKNOWN
+
+
+cdef inline void fdb_learn(ForwardingTable table, uint64_t hash, int port) noexcept nogil:
     """Any worker, concurrently; cheap when nothing changes."""
-    cdef Entry *entry = fdb_find(table, address.key, address.hash)
-    cdef uint64_t value = <uint64_t>port << 32 | read_once_u32(&table.now_s)
-    if entry == NULL or read_once_u64(&entry.value) != value:
-        table.learn_slowly(address, port)
+    cdef uint64_t word = fdb_find(table, hash)
+    if not word & FRESH or fdb_port_of(word) != port:
+        table.learn_slowly(hash, port)

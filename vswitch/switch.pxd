@@ -8,7 +8,7 @@ from vhostpy._port cimport Frame, Port
 from vhostpy._ring cimport BURST, Scratch
 from vhostpy.worker cimport Pollable, Turn, Workers
 from vhostpy.vswitch._table cimport Place, PortTable
-from vhostpy.vswitch.fdb cimport Address, ForwardingTable
+from vhostpy.vswitch.fdb cimport ForwardingTable
 
 
 @cython.final
@@ -51,17 +51,21 @@ cdef class Forwarder(Pollable):
     # Within a turn.
     cdef Frame *burst
     cdef int places[BURST]   # where frames go: a place in the table, or a Verdict
-    cdef Address destinations[BURST]
-    cdef Address sources[BURST]
+    cdef uint64_t destinations[BURST]   # hashes of frames' addresses, once prepared
+    cdef uint64_t sources[BURST]
     cdef Frame *group[BURST]
     cdef uint64_t group_mask  # frames that go where the group goes; those that are in it
     cdef uint64_t taken_mask
     cdef int64_t group_bytes
+    cdef Frame *all[BURST]     # pointers to all of the burst
     cdef uint64_t floods
     cdef uint64_t unicasts
+    cdef int64_t unicast_bytes
+    cdef bint alike            # all unicasts go to one place
     cdef uint64_t refused    # found their receivers full in this turn
     cdef Scratch scratch     # for turn() and settle() only
 
+    cdef bint all_of_pair(self, int count) noexcept nogil
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil
     cdef bint is_cached(self, const Frame *frame) noexcept nogil
     cdef void prepare(self, int i) noexcept nogil
@@ -72,7 +76,7 @@ cdef class Forwarder(Pollable):
     cdef bint flood_on(self, PortTable *table, Turn *turn) noexcept nogil
     cdef void deliver(self, PortTable *table, Turn *turn) noexcept nogil
     cdef int gather(self, uint64_t todo, int place, Turn *turn) noexcept nogil
-    cdef void transmit(self, Place *place, int count, Turn *turn) noexcept nogil
+    cdef void transmit(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil
     cdef bint waited_enough(self, uint64_t bit, uint64_t full_since, uint64_t now) noexcept nogil
     cdef void finish(self, int count, Turn *turn) noexcept nogil
     cdef int settle(self) except -1

@@ -13,7 +13,7 @@ Floods come first: while a destination is being learned, frames of one flow may 
 flooded and delivered in the same burst, and the flooded ones are the older.
 """
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -59,6 +59,8 @@ cdef class Forwarder(Pollable):
         self.burst = <Frame *>aligned_alloc(64, BURST * sizeof(Frame))
         if self.burst == NULL:
             raise MemoryError("forwarder")
+        for i in range(BURST):
+            self.all[i] = &self.burst[i]
 
     def __dealloc__(self):
         free(self.burst)
@@ -78,9 +80,9 @@ cdef class Forwarder(Pollable):
         if count <= 0:
             return 0
         self.floods = 0
-        self.unicasts = 0
         self.refused = 0
-        self.decide(table, bits_below(count) & ~self.done)
+        if not self.all_of_pair(count):
+            self.decide(table, bits_below(count) & ~self.done)
         if self.floods:
             self.flood(table, turn)
         self.deliver(table, turn)
@@ -96,11 +98,31 @@ cdef class Forwarder(Pollable):
 
     # Deciding -----------------------------------------------------------------------
 
+    cdef bint all_of_pair(self, int count) noexcept nogil:
+        """The whole burst is of the last pair, the usual case: then all is decided."""
+        cdef const Frame *frame
+        cdef int64_t size = 0
+        cdef int i
+        if (self.done | self.flooding or self.cached_place < 0
+                or load_acquire_u64(&self.switch.fdb.changes) != self.cached_changes):
+            return False
+        for i in range(count):
+            frame = &self.burst[i]
+            if not self.is_cached(frame):
+                return False
+            self.places[i] = self.cached_place
+            size += frame.length
+        self.unicasts = bits_below(count)
+        self.alike = True
+        self.unicast_bytes = size
+        self.looked_up = 0
+        return True
+
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil:
         """Sorts the frames of `todo` into floods, unicasts and dropped ones."""
         cdef uint16_t dropped[DROPS]
         cdef bint any_dropped = False
-        cdef int i, place
+        cdef int i, place, first_place = DROPPED
         cdef uint64_t bit
         # Read before the table is: a change in between makes the next turn look again.
         cdef uint64_t changes = load_acquire_u64(&self.switch.fdb.changes)
@@ -109,15 +131,19 @@ cdef class Forwarder(Pollable):
             self.cached_changes = changes
             self.cached_place = DROPPED
         memset(dropped, 0, sizeof(dropped))
-        # Where many talk to many, the table is not in the cache: 2 MB of it, at its largest.
+        # Where many talk to many, the table is not in the cache: 1 MB of it, at its largest.
         if prepared:
             self.prepare_all(todo)
         self.looked_up = 0
+        self.unicasts = 0
+        self.unicast_bytes = 0
+        self.alike = True
         while todo:
             i = lowest_bit(todo)
             bit = ONE << i
             todo &= todo - 1
-            if likely(self.is_cached(&self.burst[i]) and not self.flooding & bit):
+            if (self.cached_place >= 0 and self.is_cached(&self.burst[i])
+                    and not self.flooding & bit):
                 place = self.cached_place
             # What some ports have already is flooded on, whatever was learned since.
             elif self.flooding & bit and not self.burst[i].fault:
@@ -128,7 +154,11 @@ cdef class Forwarder(Pollable):
                 place = self.verdict(table, i)
             self.places[i] = place
             if likely(place >= 0):
+                if self.unicasts == 0:
+                    first_place = place
+                self.alike &= place == first_place
                 self.unicasts |= bit
+                self.unicast_bytes += self.burst[i].length
             elif place == FLOOD:
                 self.floods |= bit
             else:
@@ -141,8 +171,9 @@ cdef class Forwarder(Pollable):
                     self.port.count_drop(self.queue, i, dropped[i])
 
     cdef void prepare(self, int i) noexcept nogil:
-        fdb_prepare(self.switch.fdb, &self.destinations[i], fdb_key(0, self.burst[i].head))
-        fdb_prepare(self.switch.fdb, &self.sources[i], fdb_key(0, self.burst[i].head + 6))
+        cdef const uint8_t *head = self.burst[i].head
+        self.destinations[i] = fdb_prepare(self.switch.fdb, fdb_key(0, head))
+        self.sources[i] = fdb_prepare(self.switch.fdb, fdb_key(0, head + 6))
 
     cdef void prepare_all(self, uint64_t todo) noexcept nogil:
         """What the table knows of these frames' addresses comes while others are looked at."""
@@ -156,7 +187,7 @@ cdef class Forwarder(Pollable):
         # Destination and source: the first 12 bytes of the snapshot.
         return ((<const uint64_t *>frame.head)[0] == self.cached_pair[0]
                 and (<const uint32_t *>frame.head)[2] == self.cached_pair[1]
-                and self.cached_place >= 0 and not frame.fault)
+                and not frame.fault)
 
     cdef int verdict(self, PortTable *table, int i) noexcept nogil:
         """A place in the table, or a Verdict, for a frame that is prepared; learns its source."""
@@ -167,12 +198,12 @@ cdef class Forwarder(Pollable):
         if frame.head[6] & 1:
             return DROPPED - Drop.DROP_BAD_SOURCE
         self.looked_up += 1
-        fdb_learn(self.switch.fdb, &self.sources[i], self.port.index)
+        fdb_learn(self.switch.fdb, self.sources[i], self.port.index)
         if table.attached < 2:
             return DROPPED - Drop.DROP_NO_DESTINATION
         if frame.head[0] & 1:
             return FLOOD
-        place = fdb_lookup(self.switch.fdb, &self.destinations[i])
+        place = fdb_lookup(self.switch.fdb, self.destinations[i])
         if place == FDB_UNKNOWN or place >= table.count or table.places[place].port == NULL:
             return FLOOD
         if place == self.port.index:
@@ -243,12 +274,22 @@ cdef class Forwarder(Pollable):
 
     cdef void deliver(self, PortTable *table, Turn *turn) noexcept nogil:
         cdef uint64_t todo = self.unicasts
-        cdef int place, count
+        cdef int place, count, first
+        if todo == 0:
+            return
+        first = lowest_bit(todo)
+        count = bits_of(todo)
+        if likely(self.alike and todo >> first == bits_below(count)
+                  and count <= turn.frames and self.unicast_bytes <= turn.bytes):
+            self.taken_mask = todo
+            self.group_bytes = self.unicast_bytes
+            self.transmit(&table.places[self.places[first]], &self.all[first], count, turn)
+            return
         while todo and turn.frames > 0 and turn.bytes > 0:
             place = self.places[lowest_bit(todo)]
             count = self.gather(todo, place, turn)
             todo &= ~self.group_mask
-            self.transmit(&table.places[place], count, turn)
+            self.transmit(&table.places[place], self.group, count, turn)
 
     cdef int gather(self, uint64_t todo, int place, Turn *turn) noexcept nogil:
         """Collects the frames of `todo` that go to `place`: as many as the budget allows
@@ -273,9 +314,9 @@ cdef class Forwarder(Pollable):
         self.group_bytes = turn.bytes - size
         return count
 
-    cdef void transmit(self, Place *place, int count, Turn *turn) noexcept nogil:
-        """Gives the group to its receiver. What does not fit waits, or is dropped."""
-        cdef int taken = (<Port>place.port).transmit(self.queue, self.group, count)
+    cdef void transmit(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil:
+        """Gives a group to its receiver. What does not fit waits, or is dropped."""
+        cdef int taken = (<Port>place.port).transmit(self.queue, group, count)
         cdef uint64_t now = turn.now if turn.now else 1
         cdef uint64_t full_since = read_once_u64(&place.full_since)
         cdef int i, dropped = 0
@@ -288,13 +329,13 @@ cdef class Forwarder(Pollable):
                 write_once_u64(&place.full_since, 0)
             return
         for i in range(taken):
-            turn.bytes -= self.group[i].length
-            self.done |= ONE << (self.group[i] - self.burst)
+            turn.bytes -= group[i].length
+            self.done |= ONE << (group[i] - self.burst)
         if taken > 0 or full_since == 0:
             full_since = now
             write_once_u64(&place.full_since, now)
         for i in range(taken, count):
-            bit = ONE << (self.group[i] - self.burst)
+            bit = ONE << (group[i] - self.burst)
             if self.waited_enough(bit, full_since, now):
                 self.done |= bit
                 dropped += 1

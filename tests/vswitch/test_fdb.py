@@ -90,15 +90,14 @@ def test_an_entry_that_is_seen_again_stays():
     assert (fdb.learned, fdb.aged) == (1, 0)
 
 
-def test_large_tables_answer_right_before_the_sweep_has_come_by():
+def test_a_large_table_holds_all_it_may_and_forgets_it_in_the_second_when_it_gets_old():
     fdb = table(limit=65536, age_s=10)
-    fill(fdb, 0, 0, 30000)
+    fill(fdb, 3, 0, 65536)
+    assert (fdb.count, fdb.refused) == (65536, 0)
+    assert {entry[:3] for entry in fdb.entries()} == {(0, mac(n), 3) for n in range(65536)}
+    assert all(fdb.port_behind(mac(n)) == 3 for n in range(65536))
     fdb.tick(1010)
-    assert fdb.count > 0, "one tick is not to sweep a large table"
-    assert all(fdb.port_behind(mac(n)) is None for n in range(30000))
-    for second in range(1011, 1030):
-        fdb.tick(second)
-    assert (fdb.count, fdb.aged) == (0, 30000)
+    assert (fdb.count, fdb.aged) == (0, 65536)
 
 
 def test_flushing_a_port_forgets_its_entries_only():
@@ -123,8 +122,7 @@ def test_a_full_table_refuses_and_counts():
 def test_the_limit_can_be_reached_and_not_passed(limit):
     fdb = table(limit=limit)
     fill(fdb, 0, 0, 2 * limit)
-    # Two full buckets for one key are rare, not impossible.
-    assert limit * 0.99 <= fdb.count <= limit
+    assert fdb.count == limit
 
 
 def test_a_hostile_port_does_not_keep_others_out():
@@ -149,12 +147,12 @@ def test_a_hostile_port_does_not_push_others_out():
     assert fdb.count <= 1024
 
 
-def test_no_port_gets_beyond_its_share_by_evicting():
-    fdb = table(limit=1000)
-    fill(fdb, 0, 0, 5000)
-    fill(fdb, 1, 100_000, 5000)
-    assert abs(known(fdb, 0) - 500) <= 1
-    assert abs(known(fdb, 1) - 500) <= 1
+@pytest.mark.parametrize("limit", [2, 10, 1000])
+def test_no_port_gets_beyond_its_share_by_evicting(limit):
+    fdb = table(limit=limit)
+    fill(fdb, 0, 0, 5 * limit)
+    fill(fdb, 1, 100_000, 5 * limit)
+    assert (known(fdb, 0), known(fdb, 1)) == (limit / 2, limit / 2)
 
 
 def test_room_comes_back_when_entries_age_out():

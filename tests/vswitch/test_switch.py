@@ -217,6 +217,16 @@ def test_a_receiver_that_is_full_does_not_hold_up_others():
     assert n[1].received() == frames[0::2]
 
 
+def test_a_station_that_goes_on_sending_is_seen_in_each_second():
+    n = net(2)
+    for second in range(1000, 1010):
+        n.switch.tick(second)
+        n.send(0, frame(mac(1), mac(0)))
+        n.send(1, frame(mac(0), mac(1)))
+        n.run()
+        assert [age for _, _, _, age in n.switch.fdb.entries()] == [0, 0]
+
+
 def wait_ticks(n: Net) -> int:
     return n.switch.full_wait_ticks
 
