@@ -126,6 +126,20 @@ cdef inline void take_back(DriverRing *ring, Returned *returned, uint16_t head) 
     returned.count += count
 
 
+cdef inline void take_back_one(uint16_t *links, bint fifo, Returned *returned,
+                               uint16_t id) noexcept nogil:
+    """The same for a chain of one descriptor, whose `counts` is the caller's to clear."""
+    if returned.count == 0:
+        returned.first = returned.last = id
+    elif fifo:
+        links[returned.last] = id
+        returned.last = id
+    else:
+        links[id] = returned.first
+        returned.first = id
+    returned.count += 1
+
+
 cdef inline void release(DriverRing *ring, const Returned *returned) noexcept nogil:
     """They are free: used next, while they are hot in caches, or last."""
     if returned.count == 0:

@@ -6,6 +6,7 @@ only the copy is used. Source: virtio 1.3, "Split Virtqueues".
 """
 from vhostpy._ends cimport (
     Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,
+    take_back_one,
 )
 from vhostpy._chain cimport (
     BURST, CHAIN_BAD_INDEX, CHAIN_TOO_LONG, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX,
@@ -366,12 +367,17 @@ cdef bint split_driver_publish(DriverRing *ring) noexcept nogil:
 
 cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil:
     cdef uint16_t ready = <uint16_t>(ring.used_idx - ring.last_used)
-    cdef uint32_t mask = ring.size - 1, id = 0, length = 0
+    cdef const uint8_t *entries = ring.used + RING_ENTRIES
+    cdef uint16_t *counts = ring.counts
+    cdef uint16_t *links = ring.links
+    cdef uint32_t size = ring.size, mask = size - 1, at = ring.last_used, id = 0, length = 0
+    cdef bint fifo = ring.fifo
     cdef uint64_t entry
     cdef Returned returned
     cdef int count = 0, i
     if ring.broken:
         return RING_BROKEN
+    returned.first = returned.last = 0
     returned.count = 0
     if ready == 0:
         # Pairs with the device's release store of used.idx.
@@ -382,14 +388,23 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
             return RING_BROKEN
     limit = min(limit, <int>ready)
     for i in range(limit // USED_LINE):
-        prefetch_read(ring.used + RING_ENTRIES
-                      + USED_ENTRY * (ring.last_used + i * USED_LINE & mask))
+        prefetch_read(entries + USED_ENTRY * (at + i * USED_LINE & mask))
+    while count < limit and not ring.in_order:
+        entry = read_once_u64(entries + USED_ENTRY * (at + count & mask))
+        id = <uint32_t>entry
+        if unlikely(id >= size or counts[id] != 1):
+            break
+        counts[id] = 0
+        take_back_one(links, fifo, &returned, <uint16_t>id)
+        out[count].id = id
+        out[count].length = <uint32_t>(entry >> 32)
+        count += 1
     while count < limit:
         if not ring.in_batch:
-            entry = read_once_u64(ring.used + RING_ENTRIES + USED_ENTRY * (ring.last_used & mask))
+            entry = read_once_u64(entries + USED_ENTRY * (at + count & mask))
             id = <uint32_t>entry
             length = <uint32_t>(entry >> 32)
-            if id >= ring.size or ring.counts[id] == 0:
+            if id >= size or counts[id] == 0:
                 ring.broken = 1      # a chain that the device does not have
                 break
         if ring.in_order:
@@ -397,8 +412,8 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
         take_back(ring, &returned, <uint16_t>id)
         out[count].id = id
         out[count].length = length
-        ring.last_used += 1
         count += 1
+    ring.last_used = <uint16_t>(at + count)
     release(ring, &returned)
     return RING_BROKEN if count == 0 and ring.broken else count
 

@@ -2,6 +2,7 @@
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._ends cimport UsedEntry
+from vhostpy.load._frame cimport Header
 from vhostpy.memory cimport Segment
 
 cdef struct Side:
@@ -35,6 +36,7 @@ cdef struct Pair:
     uint32_t flow          # the next MAC pair
     uint32_t size_at       # the next of the sizes
     uint32_t primes        # frames still to send to teach a switch
+    Header next            # of the next frame: what does not differ from the one before
     uint64_t sequence
     uint64_t written_off   # in flight, and not waited for any more
     uint64_t heard_at      # ticks() when the last frame arrived, in a closed loop
@@ -66,6 +68,7 @@ cdef class NetGenerator:
     cdef bint verify
     cdef bint stamps
     cdef bint broadcast
+    cdef bint plain        # of a frame no more than its header counts
     cdef uint32_t room     # bytes of a buffer
     cdef uint32_t stride   # from one to the next
     cdef uint32_t pieces   # buffers of the longest frame
@@ -103,6 +106,9 @@ cdef class NetGenerator:
                       uint64_t now) noexcept nogil
     cdef void arrived(self, Pair *pair, Pair *source, uint32_t size, uint64_t stamp,
                       uint64_t flow, uint64_t sequence, uint64_t now) noexcept nogil
+    cdef bint is_plain(self, Pair *pair, const uint8_t *at, uint32_t length,
+                       uint64_t now) noexcept nogil
     cdef void prepare(self, Pair *pair) noexcept nogil
+    cdef void address(self, Pair *pair, bint prime) noexcept nogil
     cdef void begin(self, Pair *pair, uint8_t *at, uint32_t size, bint prime,
                     uint64_t stamp) noexcept nogil
