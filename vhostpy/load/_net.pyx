@@ -335,8 +335,9 @@ cdef class NetGenerator:
         return AT_FRAME + size
 
     cdef inline uint32_t lines_touched(self, uint32_t length) noexcept nogil:
-        """Of a buffer."""
-        return 1 if self.touch == Touch.HEADER else lines_of(min(length, self.room))
+        """Of a buffer; the first one always is."""
+        return 1 if self.touch == Touch.HEADER else max(lines_of(min(length, self.room)),
+                                                        <uint32_t>1)
 
     cdef void address(self, Pair *pair, bint prime) noexcept nogil:
         """The header of the frames that follow, as far as their flow decides it."""
