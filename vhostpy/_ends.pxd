@@ -108,36 +108,23 @@ cdef struct Returned:
     uint32_t count
 
 
-cdef inline void take_back(DriverRing *ring, Returned *returned, uint16_t head) noexcept nogil:
-    """A chain is the driver's again."""
+cdef inline void take_back(uint16_t *links, uint16_t *counts, bint fifo, Returned *returned,
+                           uint16_t head) noexcept nogil:
+    """A chain is the driver's again. `links`, `counts` and `fifo` are its ring's."""
     cdef uint16_t tail = head
-    cdef uint32_t count = ring.counts[head]
+    cdef uint32_t count = counts[head]
     for _ in range(1, count):
-        tail = ring.links[tail]
-    ring.counts[head] = 0
+        tail = links[tail]
+    counts[head] = 0
     if returned.count == 0:
         returned.first, returned.last = head, tail
-    elif ring.fifo:
-        ring.links[returned.last] = head
+    elif fifo:
+        links[returned.last] = head
         returned.last = tail
     else:
-        ring.links[tail] = returned.first
+        links[tail] = returned.first
         returned.first = head
     returned.count += count
-
-
-cdef inline void take_back_one(uint16_t *links, bint fifo, Returned *returned,
-                               uint16_t id) noexcept nogil:
-    """The same for a chain of one descriptor, whose `counts` is the caller's to clear."""
-    if returned.count == 0:
-        returned.first = returned.last = id
-    elif fifo:
-        links[returned.last] = id
-        returned.last = id
-    else:
-        links[id] = returned.first
-        returned.first = id
-    returned.count += 1
 
 
 cdef inline void release(DriverRing *ring, const Returned *returned) noexcept nogil:

@@ -440,7 +440,7 @@ cdef int packed_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept no
             position = step_one(position, ring.size)
         else:
             position = step(position, slots, ring.size)
-        take_back(ring, &returned, <uint16_t>id)
+        take_back(ring.links, ring.counts, ring.fifo, &returned, <uint16_t>id)
         out[count].id = id
         out[count].length = length
         count += 1

@@ -6,7 +6,6 @@ only the copy is used. Source: virtio 1.3, "Split Virtqueues".
 """
 from vhostpy._ends cimport (
     Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,
-    take_back_one,
 )
 from vhostpy._chain cimport (
     BURST, CHAIN_BAD_INDEX, CHAIN_TOO_LONG, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX,
@@ -368,10 +367,10 @@ cdef bint split_driver_publish(DriverRing *ring) noexcept nogil:
 cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nogil:
     cdef uint16_t ready = <uint16_t>(ring.used_idx - ring.last_used)
     cdef const uint8_t *entries = ring.used + RING_ENTRIES
-    cdef uint16_t *counts = ring.counts
     cdef uint16_t *links = ring.links
+    cdef uint16_t *counts = ring.counts
     cdef uint32_t size = ring.size, mask = size - 1, at = ring.last_used, id = 0, length = 0
-    cdef bint fifo = ring.fifo
+    cdef bint in_order = ring.in_order, fifo = ring.fifo
     cdef uint64_t entry
     cdef Returned returned
     cdef int count = 0, i
@@ -389,27 +388,17 @@ cdef int split_collect(DriverRing *ring, UsedEntry *out, int limit) noexcept nog
     limit = min(limit, <int>ready)
     for i in range(limit // USED_LINE):
         prefetch_read(entries + USED_ENTRY * (at + i * USED_LINE & mask))
-    while count < limit and not ring.in_order:
-        entry = read_once_u64(entries + USED_ENTRY * (at + count & mask))
-        id = <uint32_t>entry
-        if unlikely(id >= size or counts[id] != 1):
-            break
-        counts[id] = 0
-        take_back_one(links, fifo, &returned, <uint16_t>id)
-        out[count].id = id
-        out[count].length = <uint32_t>(entry >> 32)
-        count += 1
     while count < limit:
-        if not ring.in_batch:
+        if not in_order or not ring.in_batch:
             entry = read_once_u64(entries + USED_ENTRY * (at + count & mask))
             id = <uint32_t>entry
             length = <uint32_t>(entry >> 32)
-            if id >= size or counts[id] == 0:
+            if unlikely(id >= size or counts[id] == 0):
                 ring.broken = 1      # a chain that the device does not have
                 break
-        if ring.in_order:
+        if in_order:
             next_in_order(ring, &id, &length)
-        take_back(ring, &returned, <uint16_t>id)
+        take_back(links, counts, fifo, &returned, <uint16_t>id)
         out[count].id = id
         out[count].length = length
         count += 1
