@@ -24,9 +24,6 @@ cdef struct Pool:
     bint no_zero_range
     uint64_t failed_flushes
 
-cdef uint32_t erases_by(int fd)
-# What a block device wants the ranges of BLKSECDISCARD aligned to, bytes; 0: it erases none.
-
 cdef class FileStorage(Storage):
     cdef object image
     cdef Pool *pool

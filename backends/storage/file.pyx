@@ -180,6 +180,7 @@ cdef int secure_erase(Pool *pool, Request *request) noexcept nogil:
 
 
 cdef uint32_t erases_by(int fd):
+    """What a block device wants BLKSECDISCARD's ranges aligned to, bytes; 0: it erases none."""
     cdef uint64_t where[2]
     cdef int block = 0
     # Asked with a range that none would take.

@@ -44,7 +44,7 @@ from vhostpy.backends.storage._liburing cimport (
 )
 from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
 from vhostpy.backends.storage._uring_setup cimport setup_flags
-from vhostpy.backends.storage.file cimport FileChannel, FileStorage, erases_by
+from vhostpy.backends.storage.file cimport FileChannel, FileStorage
 
 import os
 
@@ -79,7 +79,7 @@ cdef class UringStorage(Storage):
     """
     cdef object image
     cdef Shared *shared
-    cdef FileStorage erasing    # its threads; None: the image cannot be erased
+    cdef FileStorage erasing    # its threads, once a queue needs them; None: not for this image
     cdef int setup
     cdef int channels           # open ones
 
@@ -109,10 +109,9 @@ cdef class UringStorage(Storage):
         self.read_only = read_only
         self.can_discard = self.can_write_zeroes = not read_only
         if image.is_device and not read_only:
-            self.erase_alignment = erases_by(image.fd)
-            self.can_secure_erase = self.erase_alignment > 0
-        if self.can_secure_erase:
             self.erasing = FileStorage(path, image=image)
+            self.can_secure_erase = self.erasing.can_secure_erase
+            self.erase_alignment = self.erasing.erase_alignment
         self.name = image.name + (" (O_DIRECT)" if direct else "")
 
     def __dealloc__(self):
