@@ -3,7 +3,7 @@
 Inline, since all of it runs per frame. Decides nothing, and checks nothing: lengths and
 segments were checked by whoever calls.
 """
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from vhostpy._hw cimport (copy_once_16, likely, prefetch_read, prefetch_write, read_once_u16,
                           read_once_u32, read_once_u64, write_once_u16, write_once_u32,
@@ -99,12 +99,15 @@ cdef inline void gather(uint8_t *to, const Segment *segments, uint32_t length) n
         segments += 1
 
 
-cdef inline void take_snapshot(Frame *frame) noexcept nogil:
+cdef inline void snapshot_whole(Frame *frame, const uint8_t *start) noexcept nogil:
     # Loads that the compiler can't repeat: decisions look at the copy only.
-    cdef const uint8_t *start = frame.segments[0].hva
+    copy_once_16(frame.head, start)
+    copy_once_16(frame.head + 16, start + 16)
+
+
+cdef inline void take_snapshot(Frame *frame) noexcept nogil:
     if likely(frame.segments[0].length >= SNAPSHOT):
-        copy_once_16(frame.head, start)
-        copy_once_16(frame.head + 16, start + 16)
+        snapshot_whole(frame, frame.segments[0].hva)
     else:
         memset(frame.head, 0, SNAPSHOT)
         gather(frame.head, frame.segments, min(frame.length, <uint32_t>SNAPSHOT))

@@ -14,14 +14,14 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from vhostpy._chain cimport is_one_writable
-from vhostpy._hw cimport (aligned_alloc, copy_once_16, likely, load_acquire_ptr, read_once_u32,
+from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, read_once_u32,
                           spin_lock, spin_unlock, store_release_ptr, unlikely, write_once_u32)
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
 from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
-from vhostpy.backends._copy cimport (BYTES_AHEAD, copy_rest, fetch, gather, store_header,
-                                     take_snapshot)
+from vhostpy.backends._copy cimport (BYTES_AHEAD, copy_rest, fetch, gather, snapshot_whole,
+                                     store_header, take_snapshot)
 from vhostpy.backends._spread cimport log_spread, spread
 from vhostpy.backends.netcounters cimport counters_of, drop_name
 from vhostpy.memory cimport Segment
@@ -93,8 +93,7 @@ cdef inline bint view_whole(Chain *chain, Frame *frame, uint32_t skip) noexcept 
     (<uint64_t *>&frame.length)[0] = length | <uint64_t>1 << 32
     (<uint64_t *>&frame.cookie)[0] = (<uint32_t *>&chain.id)[0]
     (<uint64_t *>&frame.cookie)[1] = 0
-    copy_once_16(frame.head, segment.hva)
-    copy_once_16(frame.head + 16, segment.hva + 16)
+    snapshot_whole(frame, segment.hva)
     return True
 
 

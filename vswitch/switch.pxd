@@ -65,6 +65,7 @@ cdef class Forwarder(Pollable):
     cdef uint64_t refused    # found their receivers full in this turn
     cdef Scratch scratch     # for turn() and settle() only
 
+    cdef void check_pair(self) noexcept nogil
     cdef bint all_of_pair(self, int count) noexcept nogil
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil
     cdef bint is_cached(self, const Frame *frame) noexcept nogil

@@ -81,6 +81,7 @@ cdef class Forwarder(Pollable):
             return 0
         self.floods = 0
         self.refused = 0
+        self.check_pair()
         if not self.all_of_pair(count):
             self.decide(table, bits_below(count) & ~self.done)
         if self.floods:
@@ -98,13 +99,20 @@ cdef class Forwarder(Pollable):
 
     # Deciding -----------------------------------------------------------------------
 
+    cdef void check_pair(self) noexcept nogil:
+        """Forgets the last pair where its answer may have changed."""
+        # Read before the table is: a change in between makes the next turn look again.
+        cdef uint64_t changes = load_acquire_u64(&self.switch.fdb.changes)
+        if changes != self.cached_changes:
+            self.cached_changes = changes
+            self.cached_place = DROPPED
+
     cdef bint all_of_pair(self, int count) noexcept nogil:
         """The whole burst is of the last pair, the usual case: then all is decided."""
         cdef const Frame *frame
         cdef int64_t size = 0
         cdef int i
-        if (self.done | self.flooding or self.cached_place < 0
-                or load_acquire_u64(&self.switch.fdb.changes) != self.cached_changes):
+        if self.done | self.flooding or self.cached_place < 0:
             return False
         for i in range(count):
             frame = &self.burst[i]
@@ -122,14 +130,9 @@ cdef class Forwarder(Pollable):
         """Sorts the frames of `todo` into floods, unicasts and dropped ones."""
         cdef uint16_t dropped[DROPS]
         cdef bint any_dropped = False
-        cdef int i, place, first_place = DROPPED
+        cdef int i, place
         cdef uint64_t bit
-        # Read before the table is: a change in between makes the next turn look again.
-        cdef uint64_t changes = load_acquire_u64(&self.switch.fdb.changes)
         cdef bint prepared = self.looked_up > SCATTERED
-        if changes != self.cached_changes:
-            self.cached_changes = changes
-            self.cached_place = DROPPED
         memset(dropped, 0, sizeof(dropped))
         # Where many talk to many, the table is not in the cache: 1 MB of it, at its largest.
         if prepared:
@@ -154,10 +157,8 @@ cdef class Forwarder(Pollable):
                 place = self.verdict(table, i)
             self.places[i] = place
             if likely(place >= 0):
-                if self.unicasts == 0:
-                    first_place = place
-                self.alike &= place == first_place
                 self.unicasts |= bit
+                self.alike &= place == self.places[lowest_bit(self.unicasts)]
                 self.unicast_bytes += self.burst[i].length
             elif place == FLOOD:
                 self.floods |= bit
