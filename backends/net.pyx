@@ -13,12 +13,12 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from vhostpy._chain cimport is_one_writable
+from vhostpy._chain cimport is_one_writable, scratch_free, scratch_make
 from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, read_once_u32,
                           spin_lock, spin_unlock, store_release_ptr, unlikely, write_once_u32)
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
-from vhostpy._ring cimport BURST, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch, Virtqueue
+from vhostpy._ring cimport BURST, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
 from vhostpy.backends._copy cimport (BYTES_AHEAD, copy_rest, fetch, gather, snapshot_whole,
                                      store_header, take_snapshot)
@@ -159,19 +159,15 @@ cdef class NetPort(Port):
         for i in range(pairs):
             # All but the chains: those are pages that most pairs never touch.
             memset(&self.pairs[i], 0, sizeof(Pair) - sizeof(self.pairs[i].chains))
-            self.pairs[i].scratch.limit = SCRATCH_SEGMENTS
         for i in range(pairs):
-            self.pairs[i].scratch.segments = <Segment *>aligned_alloc(
-                64, SCRATCH_SEGMENTS * sizeof(Segment))
-            if self.pairs[i].scratch.segments == NULL:
-                raise MemoryError("scratch")
+            scratch_make(&self.pairs[i].scratch)
         self.negotiated(<uint64_t>1 << Feature.VERSION_1)
 
     def __dealloc__(self):
         cdef int i
         if self.pairs != NULL:
             for i in range(self.pair_limit):
-                free(self.pairs[i].scratch.segments)
+                scratch_free(&self.pairs[i].scratch)
             free(self.pairs)
 
     # From the guest -----------------------------------------------------------------
@@ -490,11 +486,7 @@ cdef class NetPort(Port):
         cdef int count = limit, i, number = self.checked(2 * queue) // 2
         if not 0 <= limit <= BURST:
             raise ValueError(f"limit {limit} is not in 0..{BURST}")
-        scratch.used = 0
-        scratch.limit = SCRATCH_SEGMENTS
-        scratch.segments = <Segment *>calloc(SCRATCH_SEGMENTS, sizeof(Segment))
-        if scratch.segments == NULL:
-            raise MemoryError("scratch")
+        scratch_make(&scratch)
         try:
             with nogil:
                 count = self.receive(number, burst, count, &scratch)
@@ -503,7 +495,7 @@ cdef class NetPort(Port):
                 self.release(number, burst, count)
             return frames
         finally:
-            free(scratch.segments)
+            scratch_free(&scratch)
 
     def give(self, frames, queue: int = 0) -> int:
         """Transmits frames, each a list of pieces or bytes; returns how many it took."""
