@@ -10,7 +10,7 @@ from vhostpy._chain cimport scratch_free, scratch_make
 from vhostpy._hw cimport ticks
 from vhostpy._ring cimport BURST, DriverVirtqueue, Scratch, UsedEntry
 from vhostpy.memory cimport Segment
-from vhostpy.vswitch.switch cimport Forwarder
+from vhostpy.vswitch.forwarder cimport Forwarder
 from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Turn
 
 

@@ -1,5 +1,7 @@
-"""The ports of a switch, as workers see them: a table that does not change, and masks."""
+"""The ports of a switch, as workers see them: a table that does not change."""
+cimport cython
 from libc.stdint cimport uint64_t
+from vhostpy.worker cimport Workers
 
 cdef struct Place:
     void *port             # borrowed Port; `Switch.attached` keeps it alive; NULL: a hole
@@ -13,5 +15,11 @@ cdef struct PortTable:
     int attached           # that are no holes
     Place places[1]
 
-cdef PortTable *new_table(dict attached, const PortTable *old) except NULL
-# Of index -> Port; `old` hands on which ports were full.
+
+@cython.final
+cdef class Ports:
+    # The table that is published; control changes it.
+    cdef PortTable *table
+    cdef readonly Workers workers
+    cdef int publish(self, dict attached) except -1
+    # Shows workers these ports, by index; returns when no worker sees others.
