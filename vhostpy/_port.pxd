@@ -62,10 +62,12 @@ cdef class Port:
     cdef public int index            # in the switch's table; -1 outside one
     cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil
     # Takes up to `limit` (<= BURST) frames that the guest sent on transmit queue `queue`,
-    # in order; 0 when none (it has then published what release() held back); < 0 when
-    # the queue is broken and control should look at it.
+    # in order; 0 when none; < 0 when the queue is broken and control should look at it.
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil
-    # The oldest `count` frames are done with: their buffers go back to the sender.
+    # The oldest `count` frames are done with: their buffers go back to the sender, but it
+    # may not see the last ones of them yet.
+    cdef bint show_released(self, int queue) noexcept nogil
+    # Now it sees all of them. False: control holds the queue, ask again.
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil
     # The youngest `count` frames could not be placed: receive() returns them again.
     cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil

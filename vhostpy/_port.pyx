@@ -14,6 +14,9 @@ cdef class Port:
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil:
         pass
 
+    cdef bint show_released(self, int queue) noexcept nogil:
+        return True
+
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
         pass
 

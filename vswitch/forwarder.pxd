@@ -14,10 +14,12 @@ cdef class Forwarder(Pollable):
     cdef Ports ports
     cdef ForwardingTable fdb
     cdef uint64_t full_wait_ticks    # how long a frame may wait for its receiver
+    cdef uint64_t hold_ticks         # how long after its last frame a sender may wait for buffers
     cdef Port port
     cdef int queue
     cdef int kick_fd
     cdef bint told           # that the queue is broken
+    cdef bint holding        # the sender may not have seen all released buffers
 
     # Between turns. Bit i speaks of frame i of the next burst: what a turn leaves undone
     # goes back to the port and comes again, with what is done already in between.

@@ -16,4 +16,5 @@ cdef class Switch:
     cdef dict forwarders             # (port index, queue) -> Forwarder
     cdef dict injectors              # port index -> Forwarder of its Injector
     cdef readonly uint64_t full_wait_ticks
+    cdef readonly uint64_t hold_ticks
     cdef int close_injector(self, index) except -1

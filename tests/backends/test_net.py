@@ -167,19 +167,26 @@ def test_nothing_is_taken_from_a_ring_that_is_not_live():
 
 
 @pytest.mark.parametrize("features", [MODERN, PACKED, MODERN | IN_ORDER, PACKED | IN_ORDER])
-def test_buffers_go_back_in_steps_of_a_quarter_and_when_nothing_comes(features):
+def test_buffers_go_back_in_steps_of_a_quarter_but_for_the_last_burst(features):
     g = guest(size=64, features=features)
     for number in range(20):
         g.send(data(60, number))
     g.kick()
-    assert len(g.device.port.take(limit=15)) == 15
-    assert g.sent() == []
-    assert len(g.device.port.take(limit=1)) == 1
-    assert len(g.sent()) == 16
-    assert len(g.device.port.take()) == 4
-    assert g.sent() == []
+    for taken, seen in (15, 0), (1, 0), (4, 16):
+        assert len(g.device.port.take(limit=taken)) == taken
+        assert len(g.sent()) == seen
     assert g.device.port.take() == []
     assert len(g.sent()) == 4
+
+
+@each_form
+def test_half_of_a_ring_never_stays_back(features):
+    g = guest(size=64, features=features)
+    for number in range(32):
+        g.send(data(60, number))
+    g.kick()
+    assert len(g.device.port.take()) == 32
+    assert len(g.sent()) == 32
 
 
 def test_what_was_held_back_is_shown_when_the_ring_stops():

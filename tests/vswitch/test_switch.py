@@ -227,6 +227,27 @@ def test_a_station_that_goes_on_sending_is_seen_in_each_second():
         assert [age for _, _, _, age in n.switch.fdb.entries()] == [0, 0]
 
 
+def test_a_sender_that_pauses_gets_its_last_buffers_back():
+    n = net()
+    n.send(0, frame(mac(1), mac(0)))
+    assert n.turn(0, now=0) == 1
+    n.turn(0, now=n.switch.hold_ticks - 1)
+    assert n[0].sent() == []
+    n.turn(0, now=n.switch.hold_ticks)
+    assert len(n[0].sent()) == 1
+
+
+def test_a_sender_whose_ring_was_held_meanwhile_gets_them_too():
+    n = net()
+    n.send(0, frame(mac(1), mac(0)))
+    assert n.turn(0) == 1
+    ring = n[0].hold(1)
+    assert n.turn(0) == 0
+    ring.set_live(True)
+    assert n.turn(0) == 0
+    assert len(n[0].sent()) == 1
+
+
 def wait_ticks(n: Net) -> int:
     return n.switch.full_wait_ticks
 
