@@ -38,9 +38,9 @@ cdef class Worker:
     cdef int active_count           # of table.active
     cdef int cursor                 # where a turn that was cut goes on
     cdef uint64_t found_at          # ticks() of the last turn that found work
-    # When nothing was found for that long, those park that have work under way; at most
-    # idle_ticks.
+    # When nothing was found for that long, those park that have work under way.
     cdef uint64_t spin
+    cdef uint64_t spin_limit
     cdef bint slept_under_way       # one of them has, since the last sleep
     cdef long tid
     # Control's.

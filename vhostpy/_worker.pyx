@@ -49,7 +49,7 @@ cdef enum:
     LOOK_US = 50                    # a kick of a parked pollable waits at most that long
     TURN_US = 200
     BUSY_PARK_US = 1000             # poll="busy" parks too, so that idle ports cost nothing
-    SPIN_SHRINKS = 4                # by so many powers of two at most
+    SPIN_SHRINKS = 6                # by so many powers of two at most
     STUCK_NS = 200_000_000          # a turn that lasts so long is blocked in a system call
 
 cdef uint64_t WAKE = 0xffffffffffffffff     # epoll's data for the wake fd
@@ -94,7 +94,9 @@ cdef class Worker:
         self.next_serial = 1
         self.may_sleep = poll != "busy"
         park_us = {"busy": BUSY_PARK_US, "adaptive": spin_us, "interrupt": 0}[poll]
-        self.idle_ticks = self.spin = <uint64_t>(park_us * rate)
+        self.idle_ticks = <uint64_t>(park_us * rate)
+        # No longer than a sleep delays the end of what is under way, which is some 25 us.
+        self.spin = self.spin_limit = self.idle_ticks // 2
         self.look_ticks = <uint64_t>(LOOK_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)
         scratch_make(&self.scratch)
@@ -170,10 +172,10 @@ cdef class Worker:
         and less where it was in vain. Not so for what others begin: they may be slow only
         because we slept, and would have come at once."""
         self.slept_under_way = False
-        if ticks() - self.found_at < self.idle_ticks:
-            self.spin = min(self.spin << 1, self.idle_ticks)
+        if ticks() - self.found_at < self.spin_limit:
+            self.spin = min(self.spin << 1, self.spin_limit)
         else:
-            self.spin = max(self.spin >> 1, self.idle_ticks >> SPIN_SHRINKS)
+            self.spin = max(self.spin >> 1, self.spin_limit >> SPIN_SHRINKS)
 
     # The table is the one that loop() loaded: another may be published meanwhile.
     cdef int turn(self, Table *table) noexcept nogil:
