@@ -212,12 +212,10 @@ cdef class NetPort(Port):
         if (<Virtqueue>pair.tx).unpublished() * 2 >= (<Virtqueue>pair.tx).size():
             (<Virtqueue>pair.tx).publish()
 
-    cdef bint show_released(self, int queue) noexcept nogil:
+    cdef void show_released(self, int queue) noexcept nogil:
         cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
-        if tx == NULL or not (<Virtqueue>tx).is_live():
-            return False
-        (<Virtqueue>tx).publish()
-        return True
+        if tx != NULL and (<Virtqueue>tx).is_live():
+            (<Virtqueue>tx).publish()
 
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
         cdef Chain chains[BURST]

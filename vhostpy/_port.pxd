@@ -66,8 +66,8 @@ cdef class Port:
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil
     # The oldest `count` frames are done with: their buffers go back to the sender, but it
     # may not see the last ones of them yet.
-    cdef bint show_released(self, int queue) noexcept nogil
-    # Now it sees all of them. False: control holds the queue, ask again.
+    cdef void show_released(self, int queue) noexcept nogil
+    # Now it sees all of them, unless control holds the queue.
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil
     # The youngest `count` frames could not be placed: receive() returns them again.
     cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil

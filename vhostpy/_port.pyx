@@ -14,8 +14,8 @@ cdef class Port:
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil:
         pass
 
-    cdef bint show_released(self, int queue) noexcept nogil:
-        return True
+    cdef void show_released(self, int queue) noexcept nogil:
+        pass
 
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
         pass

@@ -19,7 +19,6 @@ cdef class Forwarder(Pollable):
     cdef int queue
     cdef int kick_fd
     cdef bint told           # that the queue is broken
-    cdef bint holding        # the sender may not have seen all released buffers
 
     # Between turns. Bit i speaks of frame i of the next burst: what a turn leaves undone
     # goes back to the port and comes again, with what is done already in between.

@@ -42,7 +42,7 @@ cdef uint64_t ONE = 1
 
 @cython.final
 cdef class Forwarder(Pollable):
-    """Forwards what one port receives on one queue. Made by Switch.open_queue()."""
+    """Forwards what one port receives on one queue. Made by Switch.forward()."""
 
     def __cinit__(self, Ports ports not None, ForwardingTable fdb not None,
                   uint64_t full_wait_ticks, uint64_t hold_ticks, Port port not None, int queue,
@@ -77,8 +77,8 @@ cdef class Forwarder(Pollable):
             self.ports.workers.attention()
         self.told = count < 0
         if count <= 0:
-            if self.holding and turn.now - self.busy_at >= self.hold_ticks:
-                self.holding = not self.port.show_released(self.queue)
+            if turn.now - self.busy_at >= self.hold_ticks:
+                self.port.show_released(self.queue)
             return 0
         self.floods = 0
         self.refused = 0
@@ -92,8 +92,7 @@ cdef class Forwarder(Pollable):
         return count
 
     cdef bint arm(self) noexcept nogil:
-        if self.holding:
-            self.holding = not self.port.show_released(self.queue)
+        self.port.show_released(self.queue)
         # What was put back counts as being there.
         return self.port.arm(self.queue)
 
@@ -369,7 +368,6 @@ cdef class Forwarder(Pollable):
             self.waiting_since = turn.now
         if prefix:
             self.port.release(self.queue, self.burst, prefix)
-            self.holding = True
         if prefix < count:
             self.port.put_back(self.queue, &self.burst[prefix], count - prefix)
         self.done = shifted(self.done, prefix)

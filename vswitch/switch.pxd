@@ -1,9 +1,11 @@
 """The learning switch: its ports, what they have learned, and the forwarders between them."""
 cimport cython
 from libc.stdint cimport uint64_t
+from vhostpy._port cimport Port
 from vhostpy.worker cimport Workers
 from vhostpy.vswitch._table cimport Ports
 from vhostpy.vswitch.fdb cimport ForwardingTable
+from vhostpy.vswitch.forwarder cimport Forwarder
 
 
 @cython.final
@@ -17,4 +19,5 @@ cdef class Switch:
     cdef dict injectors              # port index -> Forwarder of its Injector
     cdef readonly uint64_t full_wait_ticks
     cdef readonly uint64_t hold_ticks
+    cdef Forwarder forward(self, Port port, int queue, int kick_fd)
     cdef int close_injector(self, index) except -1

@@ -85,10 +85,14 @@ cdef class Switch:
         key = self.index_of(port), queue
         if key in self.forwarders:
             raise ValueError(f"{port.name}: queue {queue} is open already")
-        forwarder = Forwarder(self.ports, self.fdb, self.full_wait_ticks, self.hold_ticks,
-                              port, queue, kick_fd)
+        forwarder = self.forwarders[key] = self.forward(port, queue, kick_fd)
+        return forwarder
+
+    cdef Forwarder forward(self, Port port, int queue, int kick_fd):
+        """Workers take what comes there from now on."""
+        cdef Forwarder forwarder = Forwarder(self.ports, self.fdb, self.full_wait_ticks,
+                                             self.hold_ticks, port, queue, kick_fd)
         self.workers.add(forwarder, [kick_fd] if kick_fd >= 0 else [])
-        self.forwarders[key] = forwarder
         return forwarder
 
     def close_queue(self, Port port not None, int queue) -> None:
@@ -120,10 +124,7 @@ cdef class Switch:
             raise ValueError(f"{bytes(mac).hex(':')} is not the address of one station")
         if index not in self.injectors:
             injector = Injector(port.name, index)
-            forwarder = Forwarder(self.ports, self.fdb, self.full_wait_ticks, self.hold_ticks,
-                                  injector, 0, injector.kick_fd)
-            self.workers.add(forwarder, [injector.kick_fd])
-            self.injectors[index] = forwarder
+            self.injectors[index] = self.forward(injector, 0, injector.kick_fd)
         forwarder = self.injectors[index]
         (<Injector>forwarder.port).put(rarp_frame(bytes(mac)))
 
