@@ -25,6 +25,7 @@ cdef class NetPort(Port):
     cdef readonly bint mergeable
     cdef bint shared                 # several workers can reach a receive queue: lock it
 
+    cdef void show(self, Pair *pair) noexcept nogil
     cdef int receiving_pair(self, int queue) noexcept nogil
     cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil
     cdef int place_whole(self, Pair *pair, Frame **frames, int count) noexcept nogil

@@ -49,6 +49,8 @@ cdef struct Pair:
     uint64_t padding[5]
     # The worker's that polls tx.
     QueueCounters sent
+    uint32_t held          # descriptors released that the sender does not see yet
+    uint32_t padding3[15]
     # Whoever's holds the lock, where several workers can; one cache line, then more.
     uint32_t lock
     int have               # chains popped for this transmit()
@@ -195,9 +197,11 @@ cdef class NetPort(Port):
         cdef Pair *pair = &self.pairs[queue]
         cdef Chain chains[BURST]
         cdef uint64_t size = 0
+        cdef uint32_t slots = 0
         cdef int i
         for i in range(count):
             (<uint32_t *>&chains[i].id)[0] = burst[i].cookie
+            slots += chains[i].slots
             size += burst[i].length
             if unlikely(burst[i].fault == Drop.DROP_BAD_CHAIN + 1):
                 pair.sent.chain_faults[burst[i].head[0]] += 1
@@ -206,16 +210,22 @@ cdef class NetPort(Port):
         # In steps of a quarter of the ring, and the last burst stays back: a driver that
         # never finds all of its buffers returned takes them back as it needs them, and so
         # writes those that its cache still has.
-        if (<Virtqueue>pair.tx).unpublished() * 4 >= (<Virtqueue>pair.tx).size():
-            (<Virtqueue>pair.tx).publish()
+        if pair.held * 4 >= (<Virtqueue>pair.tx).size():
+            self.show(pair)
         (<Virtqueue>pair.tx).push(chains, NULL, count)
-        if (<Virtqueue>pair.tx).unpublished() * 2 >= (<Virtqueue>pair.tx).size():
-            (<Virtqueue>pair.tx).publish()
+        pair.held += slots
+        # But not most of a small ring, or of one full of long chains: it has to go on.
+        if pair.held * 2 >= (<Virtqueue>pair.tx).size():
+            self.show(pair)
+
+    cdef void show(self, Pair *pair) noexcept nogil:
+        (<Virtqueue>pair.tx).publish()
+        pair.held = 0
 
     cdef void show_released(self, int queue) noexcept nogil:
         cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
         if tx != NULL and (<Virtqueue>tx).is_live():
-            (<Virtqueue>tx).publish()
+            self.show(&self.pairs[queue])
 
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
         cdef Chain chains[BURST]
@@ -442,6 +452,8 @@ cdef class NetPort(Port):
             raise ValueError(f"{self.name}: virtqueue {index} is in its place already")
         self.virtqueues[index] = virtqueue
         virtqueue.set_lead(self.header_size)
+        if index & 1:
+            pair.held = 0
         store_release_ptr(&pair.tx if index & 1 else &pair.rx, <void *>virtqueue)
         self.choose_receivers()
 

@@ -45,7 +45,7 @@ cdef struct Chain:
     uint16_t readable      # count of segments
     uint16_t writable
     uint16_t id            # what used entries name: head index (split), buffer id (packed)
-    uint16_t slots         # places it takes in the descriptor ring (packed), else 1
+    uint16_t slots         # descriptors it takes in the ring: an indirect table is one
     uint32_t readable_bytes
     uint32_t writable_bytes
     uint32_t fault         # ChainFault

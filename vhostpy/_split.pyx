@@ -40,16 +40,18 @@ cdef inline bint passed_event(uint16_t event, uint16_t new, uint16_t old) noexce
 # ---------------------------------------------------------------------------------------
 # The back-end's end
 
-cdef int split_walk(Ring *ring, Walk *walk, Descriptor descriptor) noexcept nogil:
+cdef int split_walk(Ring *ring, Walk *walk, Chain *chain, Descriptor descriptor) noexcept nogil:
     """Follows a chain of any shape from its first descriptor, which has been read.
 
     Returns 0, a ChainFault or WALK_STOP.
     """
     cdef uint32_t size = ring.control.size
+    cdef uint32_t i
     cdef int result
     cdef const uint8_t *where
-    for _ in range(size):
+    for i in range(size):
         walk.steps += 1
+        chain.slots = <uint16_t>(i + 1)
         if descriptor.flags & DescriptorFlag.DESC_INDIRECT:
             return walk_table(walk, descriptor, linked=True)
         result = walk_piece(walk, descriptor)
@@ -170,7 +172,8 @@ cdef int split_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noexc
             break_ring(ring)             # nothing that could be given back
             break
         walk_begin(&walk, ring, &chains[i], head, segment, scratch)
-        got = walk_end(&walk, split_walk(ring, &walk, split_descriptor(gpa, rest)), &chains[i])
+        got = walk_end(&walk, split_walk(ring, &walk, &chains[i], split_descriptor(gpa, rest)),
+                       &chains[i])
         if got == WALK_STOP:
             break
         segment += got

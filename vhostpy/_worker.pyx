@@ -95,7 +95,8 @@ cdef class Worker:
         self.may_sleep = poll != "busy"
         park_us = {"busy": BUSY_PARK_US, "adaptive": spin_us, "interrupt": 0}[poll]
         self.idle_ticks = <uint64_t>(park_us * rate)
-        # No longer than a sleep delays the end of what is under way, which is some 25 us.
+        # No longer than a sleep delays the end of what is under way: some 25 us, half of the
+        # usual spin.
         self.spin = self.spin_limit = self.idle_ticks // 2
         self.look_ticks = <uint64_t>(LOOK_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)

@@ -14,11 +14,14 @@ cdef class Forwarder(Pollable):
     cdef Ports ports
     cdef ForwardingTable fdb
     cdef uint64_t full_wait_ticks    # how long a frame may wait for its receiver
-    cdef uint64_t hold_ticks         # how long after its last frame a sender may wait for buffers
+    cdef uint64_t pause_ticks        # a sender that is silent for so long gets its buffers back
     cdef Port port
     cdef int queue
     cdef int kick_fd
     cdef bint told           # that the queue is broken
+
+    cdef uint64_t received_at        # when there was a frame, last
+    cdef uint64_t shown_at           # and when the sender got buffers back that it waited for
 
     # Between turns. Bit i speaks of frame i of the next burst: what a turn leaves undone
     # goes back to the port and comes again, with what is done already in between.

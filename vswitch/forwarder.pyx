@@ -36,6 +36,7 @@ cdef enum Verdict:
 
 cdef enum:
     SCATTERED = 8          # frames of a burst that the last burst's destination did not serve
+    HELD_PAUSES = 4        # a sender that goes on sending waits for buffers for so many
 
 cdef uint64_t ONE = 1
 
@@ -45,12 +46,12 @@ cdef class Forwarder(Pollable):
     """Forwards what one port receives on one queue. Made by Switch.forward()."""
 
     def __cinit__(self, Ports ports not None, ForwardingTable fdb not None,
-                  uint64_t full_wait_ticks, uint64_t hold_ticks, Port port not None, int queue,
+                  uint64_t full_wait_ticks, uint64_t pause_ticks, Port port not None, int queue,
                   int kick_fd):
         self.ports = ports
         self.fdb = fdb
         self.full_wait_ticks = full_wait_ticks
-        self.hold_ticks = hold_ticks
+        self.pause_ticks = pause_ticks
         self.port = port
         self.queue = queue
         self.kick_fd = kick_fd
@@ -77,9 +78,14 @@ cdef class Forwarder(Pollable):
             self.ports.workers.attention()
         self.told = count < 0
         if count <= 0:
-            if turn.now - self.busy_at >= self.hold_ticks:
+            if turn.now - self.received_at >= self.pause_ticks:
                 self.port.show_released(self.queue)
             return 0
+        # Where frames trickle there is no pause; what this turn releases stays back.
+        if turn.now - self.shown_at >= HELD_PAUSES * self.pause_ticks:
+            self.port.show_released(self.queue)
+            self.shown_at = turn.now
+        self.received_at = turn.now
         self.floods = 0
         self.refused = 0
         self.check_pair()
@@ -92,6 +98,7 @@ cdef class Forwarder(Pollable):
         return count
 
     cdef bint arm(self) noexcept nogil:
+        # A worker may sleep sooner than a sender pauses.
         self.port.show_released(self.queue)
         # What was put back counts as being there.
         return self.port.arm(self.queue)

@@ -17,9 +17,10 @@ from vhostpy.errors import ConfigError
 from vhostpy.vswitch.injector import rarp_frame
 
 cdef enum:
-    # Of a sender that pauses: longer than one of DPDK's needs between two bursts, else it
-    # works on cold buffers (64 B, its split ring: 4-6 Mpps up to 5 us, 8-10 at 20, 8-16 at 50).
-    HOLD_US = 50
+    # Of a sender: longer than one of DPDK's needs between two bursts, else it works on cold
+    # buffers (64 B, its split ring: 4-6 Mpps up to 5 us, 8-10 at 20, 8-16 at 50); shorter
+    # than a worker spins, so that one who waits for its buffers finds it awake.
+    PAUSE_US = 45
 
 cdef double tick_rate = 0     # ticks a microsecond
 
@@ -39,7 +40,7 @@ cdef class Switch:
         self.workers = workers
         self.fdb = ForwardingTable(fdb_limit, age_s)
         self.full_wait_ticks = <uint64_t>(full_wait_us * tick_rate)
-        self.hold_ticks = <uint64_t>(HOLD_US * tick_rate)
+        self.pause_ticks = <uint64_t>(PAUSE_US * tick_rate)
         self.attached = {}
         self.forwarders = {}
         self.injectors = {}
@@ -91,7 +92,7 @@ cdef class Switch:
     cdef Forwarder forward(self, Port port, int queue, int kick_fd):
         """Workers take what comes there from now on."""
         cdef Forwarder forwarder = Forwarder(self.ports, self.fdb, self.full_wait_ticks,
-                                             self.hold_ticks, port, queue, kick_fd)
+                                             self.pause_ticks, port, queue, kick_fd)
         self.workers.add(forwarder, [kick_fd] if kick_fd >= 0 else [])
         return forwarder
 

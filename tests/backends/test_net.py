@@ -189,6 +189,17 @@ def test_half_of_a_ring_never_stays_back(features):
     assert len(g.sent()) == 32
 
 
+@each_form
+def test_a_ring_full_of_long_chains_does_not_stay_back(features):
+    """What a driver runs out of is descriptors."""
+    g = guest(features=features)
+    for number in range(256 // 5):
+        g.send(data(60, number), cuts=[20, 30, 40, 50])
+    g.kick()
+    assert len(g.device.port.take()) == 256 // 5
+    assert len(g.sent()) == 256 // 5
+
+
 def test_what_was_held_back_is_shown_when_the_ring_stops():
     g = guest()
     g.send(data(60))

@@ -8,6 +8,7 @@ from vhostpy.worker import Workers
 STRANGER = mac(999)
 MULTICAST = b"\x33\x33\x00\x00\x00\x01"
 PATIENT_US = 1_000_000  # longer than any test takes
+LATER = 1 << 63
 
 
 class Net:
@@ -33,10 +34,12 @@ class Net:
         return self.switch.forwarder(self[i].device.port).turn(**budget)
 
     def run(self, **budget: int) -> None:
-        """Turns until nothing is left to do."""
+        """Turns until nothing is left to do, and all senders have paused."""
         there = [i for i, g in enumerate(self.guests) if g.device.status()["rings_started"]]
         while sum(self.turn(i, **budget) for i in there):
             pass
+        for i in there:
+            self.turn(i, now=LATER)
 
     def received(self) -> list[list[bytes]]:
         return [g.received() for g in self.guests]

@@ -195,6 +195,19 @@ def test_a_kick_wakes_a_worker_that_sleeps_and_so_does_a_replaced_one(workers):
         os.close(fd)
 
 
+def test_a_worker_that_sleeps_at_once_keeps_no_buffers_of_a_sender():
+    workers = Workers(1, poll="interrupt")
+    workers.start()
+    kick_fd = os.eventfd(0, os.EFD_NONBLOCK)
+    g = Guest(NetDevice("vu0", Switch(workers)), kick_fds=[kick_fd])
+    g.send(frame(BROADCAST, mac(0)))
+    g.kick()
+    until(g.sent)
+    g.stop()
+    workers.stop()
+    os.close(kick_fd)
+
+
 def test_an_announcement_wakes_a_worker_that_sleeps(workers):
     switch = Switch(workers)
     guests = [

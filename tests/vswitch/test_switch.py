@@ -16,7 +16,7 @@ from tests.backends.netguest import (
     frame,
     mac,
 )
-from tests.vswitch.net import MULTICAST, STRANGER, Net, net
+from tests.vswitch.net import LATER, MULTICAST, STRANGER, Net, net
 
 # Who gets it -----------------------------------------------------------------------------
 
@@ -231,10 +231,20 @@ def test_a_sender_that_pauses_gets_its_last_buffers_back():
     n = net()
     n.send(0, frame(mac(1), mac(0)))
     assert n.turn(0, now=0) == 1
-    n.turn(0, now=n.switch.hold_ticks - 1)
+    n.turn(0, now=n.switch.pause_ticks - 1)
     assert n[0].sent() == []
-    n.turn(0, now=n.switch.hold_ticks)
+    n.turn(0, now=n.switch.pause_ticks)
     assert len(n[0].sent()) == 1
+
+
+def test_a_sender_that_never_pauses_waits_only_for_its_last_few_buffers():
+    n = net()
+    back = 0
+    for i in range(30):
+        n.send(0, frame(mac(1), mac(0)))
+        n.turn(0, now=i * (n.switch.pause_ticks - 1))
+        back += len(n[0].sent())
+        assert back >= i - 5
 
 
 def test_a_sender_whose_ring_was_held_meanwhile_gets_them_too():
@@ -244,7 +254,7 @@ def test_a_sender_whose_ring_was_held_meanwhile_gets_them_too():
     ring = n[0].hold(1)
     assert n.turn(0) == 0
     ring.set_live(True)
-    assert n.turn(0) == 0
+    assert n.turn(0, now=LATER) == 0
     assert len(n[0].sent()) == 1
 
 
@@ -260,7 +270,7 @@ def test_what_waits_is_dropped_when_its_time_is_up_and_counted_at_the_receiver()
     assert n.drops()[1] == {}
     n.turn(0, now=1000 + wait_ticks(n))
     assert n.drops() == [{}, {"receiver_full": 3}, {}]
-    assert n.turn(0, now=1000 + wait_ticks(n)) == 0
+    assert n.turn(0, now=LATER) == 0
     assert len(n[0].sent()) == 3
 
 
@@ -448,6 +458,7 @@ def test_every_frame_arrives_once_in_order_or_is_counted(features, buffer, steps
         if not any(busy):
             break
     model.check()
-    for g in n.guests:
+    for i, g in enumerate(n.guests):
+        n.turn(i, now=LATER)
         g.sent()
         assert g.drivers[1].free == 1024
