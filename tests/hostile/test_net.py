@@ -21,6 +21,7 @@ from tests.backends.netguest import (
     frame,
     mac,
 )
+from tests.vswitch.net import LATER
 from vhostpy.backends.netdevice import NetDevice
 from vhostpy.vswitch.switch import Switch
 from vhostpy.worker import Workers
@@ -240,7 +241,7 @@ def test_a_guest_that_never_returns_buffers_costs_its_neighbours_one_wait():
         now += 1
         n.innocent[1].post(2048)
     assert n.hostile.drops() == {"receiver_full": 50}
-    assert forwarder.turn(now=now) == 0
+    assert forwarder.turn(now=LATER) == 0
     assert len(first.sent()) == 100
 
 
@@ -353,6 +354,7 @@ def test_rings_full_of_nonsense(features, seed):
         sending.offer(*(random_.randrange(256) for _ in range(60)))
         n.innocent[0].send(frame(mac(0), mac(1), random_.choice([60, 1500, 9000])))
         n.turns(n.hostile, 3)
+        n.switch.forwarder(n.hostile.device.port).turn(now=LATER)
         assert sending.used_index == sending.next, "every chain comes back"
         n.exchange()
         for guest in n.innocent:
