@@ -267,10 +267,11 @@ class Connection:
         self._failure.cancel()
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        fds.close_socket(self.sock)
         try:
             await self.plane.close()
         finally:
+            # Not sooner: a front-end that is hung up on goes on from where the rings stand.
+            fds.close_socket(self.sock)
             self.session.close()
 
     def look_after(self) -> None:

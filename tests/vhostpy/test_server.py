@@ -55,6 +55,16 @@ def test_the_next_front_end_is_served_as_soon_as_the_last_has_gone(disk, tmp_pat
         assert one.sessions == 20
 
 
+def test_a_front_end_is_hung_up_on_only_when_its_rings_are_at_rest(disk, tmp_path, monkeypatch):
+    hung_up = []
+    path = str(tmp_path / "s")
+    with serving(Server(disk, path=path)), FrontEnd(path) as guest:
+        monkeypatch.setattr(disk, "closed", lambda: hung_up.append(guest.hung_up(0.05)))
+        guest.send_raw(b"\xff" * 12)
+        assert guest.hung_up()
+    assert hung_up == [False]
+
+
 def test_a_client_comes_back_to_a_front_end_that_was_started_anew(disk, tmp_path):
     path = str(tmp_path / "s")
     with serving(Server(disk, path=path, client=True)):
