@@ -42,7 +42,7 @@ def test_fio_verifies_a_file_and_an_nbd_server_that_is_killed(directory: Path) -
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_fio_verifies_more_of_both(directory: Path) -> None:
-    verified(directory, mib=256)
+    verified(directory, mib=64)
 
 
 def verified(directory: Path, mib: int) -> None:
