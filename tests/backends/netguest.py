@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+import pytest
+
 from vhostpy._ring import DriverVirtqueue, Virtqueue
 from vhostpy._spec import Feature
 from vhostpy.backends.netdevice import NetDevice
@@ -24,6 +26,20 @@ LEGACY = INDIRECT | EVENT_IDX
 PACKED = MODERN | 1 << Feature.RING_PACKED
 IN_ORDER = 1 << Feature.IN_ORDER
 
+LONGEST = 65535 + 14 + 8  # an IPv4 packet behind two VLAN tags
+
+each_form = pytest.mark.parametrize(
+    "features",
+    [
+        *(MODERN, VERSION_1 | INDIRECT, LEGACY, LEGACY | MRG_RXBUF),
+        *(PACKED, MODERN | IN_ORDER, PACKED | IN_ORDER),
+    ],
+    ids=[
+        *("modern", "not_mergeable", "legacy", "legacy_mergeable"),
+        *("packed", "split_in_order", "packed_in_order"),
+    ],
+)
+
 
 def mac(number: int) -> bytes:
     """The address of station `number`."""
@@ -38,6 +54,11 @@ def frame(to: bytes, source: bytes, size: int = 60, tag: int = 0) -> bytes:
     payload = tag.to_bytes(4, "big") + bytes((tag * 7 + i) & 0xFF for i in range(251))
     body = payload * (size // len(payload) + 1)
     return (to + source + b"\x88\xb5" + body)[:size]
+
+
+def data(size: int, tag: int = 0) -> bytes:
+    """A frame from station 0 to station 1."""
+    return frame(mac(1), mac(0), size, tag)
 
 
 def memory_of(size: int, regions: int = 1) -> GuestMemory:
@@ -240,3 +261,8 @@ class Guest:
         """Reasons that happened."""
         drops = self.device.status()["queues"][queue]["drops"]
         return {name: count for name, count in drops.items() if count}
+
+
+def guest(pairs: int = 1, **more) -> Guest:
+    """One with a device on a switch of its own."""
+    return Guest(device(pairs, workers=more.pop("workers", 1)), pairs=pairs, **more)
