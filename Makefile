@@ -19,7 +19,7 @@ demo:           ## two real guests on our switch, one with our disk; prints a ta
 	@$(call compile,release,)
 	@$(PYTHON) -m tests.peers.demo
 
-test:           ## all tests, guests included; 7 to 17 minutes on two cores
+test:           ## all tests, guests included; some 20 minutes on two cores
 	@tests/peers/install.sh test
 	@$(call compile,release,)
 	@$(PYTEST) -m "not long"

@@ -127,8 +127,8 @@ def guest_arguments(
     arguments = [*qemu.program.argv, *qemu.library_arguments, "-nodefaults", "-no-user-config"]
     arguments += ["-display", "none", "-smp", str(cpus), *memory_arguments(memory_mib)]
     # All vCPUs on one thread: with one each, TCG now and then ends itself at boot
-    # (iotlb_to_section) or loses a vCPU's timer for good (RCU stalls); on two cores it gains
-    # no time either.
+    # (iotlb_to_section) or loses a vCPU's timer for good (RCU stalls). The price: vCPUs that
+    # compute at the same time share a core.
     arguments += ["-accel", "kvm", "-cpu", "host"] if kvm else ["-accel", "tcg,thread=single"]
     msix = kvm or qemu.modern
     for index, nic in enumerate(nics):
