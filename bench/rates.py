@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vhostpy.load._line import line_cost
+from bench.cores import line_cost
 
 ROUNDS = 3
 SECONDS = 2
@@ -44,7 +44,7 @@ def measure(benchmark: Any, run: Callable[[], dict[str, Any]], per_value: float)
     def once() -> None:
         outcome = run()
         # On a virtual machine both processors may be threads of one core for a while: then
-        # a line costs 30 ticks instead of 160, and figures compare only with their like.
+        # a line costs a fifth, and figures compare only with their like.
         outcome |= line_cost(0, 1)
         outcomes.append(outcome)
         clock.measured(outcome["value"] * per_value)

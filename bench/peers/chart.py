@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bench.peers.placement import best_known
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 400, 64, 48, 36, 120
 COLOURS = {"vhostpy": "#1f77b4", "testpmd": "#ff7f0e", "ovs": "#2ca02c", "qsd": "#d62728"}
 
@@ -36,12 +38,11 @@ PANELS = {
 def draw(rows: list[dict[str, Any]], kind: str) -> str:
     """The SVG; empty where nothing belongs on the chart."""
     rows = [row for row in rows if row["chart"] is not None and row["median"]]
-    apart = [row for row in rows if row["cores"] == "apart"]
-    rows = apart or rows
+    rows = best_known(rows)
     drawn = [
-        _panel(panel, shown)
+        _panel(panel, some)
         for panel in PANELS[kind]
-        if (shown := [row for row in rows if row.get(panel.value)])
+        if (some := [row for row in rows if row.get(panel.value)])
     ]
     if not drawn:
         return ""

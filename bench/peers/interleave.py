@@ -2,25 +2,23 @@
 
 What disturbs the machine then disturbs all alike; and two things are looked at in each
 run, since they change figures by a factor of two: whether both ends had their cores to
-themselves, and whether these were two cores at all. On a virtual machine two processors
-may be threads of one core for minutes: lines then cost a fifth, and all else twice.
+themselves, and where these were (`placement.py`).
 """
 
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from bench.cores import line_cost, wake_cost
 from bench.peers.case import Case
 from bench.peers.devices import DEVICE_CORE, Device
 from bench.peers.generators import GENERATOR_CORE
+from bench.peers.placement import TWO_CORES, WORDS, placement
 from bench.peers.results import SHARES, UNDISTURBED, Results
-from vhostpy.load._line import line_cost
 
-# Ticks for a line of the other processor, one after the other: 25..40 where both are threads
-# of one core, 150..210 where they are not.
-APART_TICKS = 80
 PAIRS = 5
 
 
@@ -69,7 +67,7 @@ def _comes_up(
         device.close()
         for case in cases:
             if device.name in ("vhostpy", *case.peers):
-                results.add(case, device.name, _failed(error) | {"cores": "apart"})
+                results.add(case, device.name, _failed(error))
         print(f"{device.name}: {error}", file=sys.stderr)
         return False
     return True
@@ -78,8 +76,9 @@ def _comes_up(
 def interleave(
     case: Case, devices: list[Device], results: Results, options: argparse.Namespace
 ) -> None:
-    """By turns until each has as many good runs as are wanted, or there were too many."""
-    good = dict.fromkeys((device.name for device in devices), 0)
+    """By turns until each has as many good runs as are wanted in a placement of two cores, or
+    there were too many."""
+    good = {device.name: Counter[str]() for device in devices}
     if not devices:
         return
     pairs = options.pairs or case.pairs or PAIRS
@@ -87,12 +86,12 @@ def interleave(
         for device in list(devices):
             outcome = attempt(case, device, options)
             results.add(case, device.name, outcome)
-            good[device.name] += is_good(outcome)
+            good[device.name][placement(outcome)] += is_good(outcome)
             print(f"{case.name} {turn + 1}: {device.name} {_said(case, outcome)}", file=sys.stderr)
             if "error" in outcome and turn == 0 and device.name != "vhostpy":
                 devices.remove(device)  # it can't do this
                 del good[device.name]
-        if min(good.values(), default=0) >= pairs:
+        if any(all(runs[placed] >= pairs for runs in good.values()) for placed in TWO_CORES):
             break
     results.done(case)
 
@@ -109,12 +108,13 @@ def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str
     finally:
         # At once, before a hypervisor finds the processors idle and moves them.
         device.pause()
-        lines = line_cost(GENERATOR_CORE, DEVICE_CORE)
+        limits = line_cost(GENERATOR_CORE, DEVICE_CORE)
+        if case.sleeps:
+            limits |= wake_cost(GENERATOR_CORE, DEVICE_CORE)
         device.resume()
         time.sleep(0.3)  # it notices that the generator has gone
         device.pause()
-    apart = lines["line_ticks_dependent"] >= APART_TICKS
-    return outcome | lines | {"cores": "apart" if apart else "shared"}
+    return outcome | limits
 
 
 def _failed(error: Exception) -> dict[str, Any]:
@@ -130,7 +130,9 @@ def cpu_share(outcome: dict[str, Any]) -> float:
 def is_good(outcome: dict[str, Any]) -> bool:
     """Whether a run tells something about two cores."""
     return (
-        "error" not in outcome and outcome["cores"] == "apart" and cpu_share(outcome) >= UNDISTURBED
+        "error" not in outcome
+        and placement(outcome) in TWO_CORES
+        and cpu_share(outcome) >= UNDISTURBED
     )
 
 
@@ -138,4 +140,4 @@ def _said(case: Case, outcome: dict[str, Any]) -> str:
     if "error" in outcome:
         return str(outcome["error"])
     disturbed = "" if cpu_share(outcome) >= UNDISTURBED else ", disturbed"
-    return f"{outcome['value']:.2f} {case.unit}, cores {outcome['cores']}{disturbed}"
+    return f"{outcome['value']:.2f} {case.unit}, {WORDS[placement(outcome)]}{disturbed}"

@@ -83,7 +83,7 @@ CASES = [
             goals={"testpmd": 1.0}),
     latency("latency-adaptive", "the same, adaptive polling", plan=ONE_FRAME, poll="adaptive"),
     latency("latency-woken", "64 B, a frame each ms, adaptive polling: p50, woken from sleep",
-            plan=SELDOM, poll="adaptive", most=50.0),
+            plan=SELDOM, poll="adaptive", most=50.0, sleeps=True),
 ]  # fmt: skip
 
 

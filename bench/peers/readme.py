@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bench.peers.placement import WORDS, best_known
+
 README = Path(__file__).parents[2] / "README.md"
 BEGIN = "<!-- figures: python -m bench.peers --readme -->"
 END = "<!-- end of figures -->"
@@ -69,10 +71,11 @@ def _block(kind: str, data: dict[str, Any], path: Path, root: Path) -> str:
         "|---|" + "---|" * len(devices),
     ]
     for name, text in wanted.items():
-        rows = {row["device"]: row for row in _placed(data["rows"], name)}
+        mine = [row for row in data["rows"] if row["case"] == name and row["median"]]
+        placed = best_known(mine)
+        rows = {row["device"]: row for row in placed}
         cells = [_cell(rows[device]) if device in rows else "" for device in devices]
-        if any(row["cores"] == "shared" for row in rows.values()):
-            text += " (two threads of one core)"
+        text += f" ({WORDS[placed[0]['cores']]})"
         lines.append(f"| {text} | " + " | ".join(cells) + " |")
     table = os.path.relpath(path.with_suffix(".md"), root)
     lines += ["", f"All cases of {data['date']}, commit {data['commit']}: [{table}]({table})."]
@@ -80,12 +83,6 @@ def _block(kind: str, data: dict[str, Any], path: Path, root: Path) -> str:
     if picture.exists():
         lines += ["", f"![{kind} beside its peers]({os.path.relpath(picture, root)})"]
     return "\n".join([*lines, ""])
-
-
-def _placed(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """A case's rows, of two cores where there are such."""
-    mine = [row for row in rows if row["case"] == name and row["median"]]
-    return [row for row in mine if row["cores"] == "apart"] or mine
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.peers import chart, lines
 from bench.peers.case import Case
+from bench.peers.placement import TWO_CORES, WORDS, placement
 
 FOLDER = Path(__file__).parents[2]
 MEASURED = ("vhostpy", "backends", "vswitch", "setup.py", "bench", ":!bench/results")
@@ -21,6 +22,7 @@ BUSY = 0.95  # a device less busy than that is not what limits the rate
 FULL = 0.9  # of the generator's bursts: it never waited for the device
 UNDISTURBED = 0.96  # of its core, that each end had
 MET = 0.92  # of a goal: what noise leaves of it
+ENOUGH = 3  # runs: a median of fewer decides nothing
 # What an end had of its processor; of the machine, what was not somebody else's.
 SHARES = ("generator_cpu_share", "device_cpu_share", "machine_share")
 LATENCIES = {"latency_p50_us": "p50", "latency_p99_us": "p99", "latency_p99_9_us": "p99.9"}
@@ -72,7 +74,7 @@ class Results:
         return [
             row
             for name, case in self.cases.items()
-            for cores in ("apart", "shared")
+            for cores in WORDS
             for row in self._rows(case, cores, self.runs.get(name, {}))
         ]
 
@@ -95,6 +97,7 @@ class Results:
                     "line_ticks": _median(runs, "line_ticks"),
                     "line_ticks_in_a_row": _median(runs, "line_ticks_in_a_row"),
                     "line_ticks_overwritten": _median(runs, "line_ticks_overwritten"),
+                    "wake_us": _median(runs, "wake_us"),
                     "text": case.text,
                     "device": device,
                     "unit": case.unit,
@@ -143,32 +146,27 @@ class Results:
             text.append("| " + " | ".join(_cells(row)) + " |")
         text += [
             "",
-            f"Goals are ratios of medians, met at {MET:.0%}; or a most. The percentage is from the "
+            f"Goals are ratios of medians, met at {MET:.0%}; or a most; judged where {ENOUGH} runs "
+            "or more of each had two cores to themselves. The percentage is from the "
             "lowest to the highest run, of the median. 'Generator-limited': the device was "
             f"less than {BUSY:.0%} busy, or the generator never had to wait for it. Cycles are per "
-            "packet, of the device's polls that found work. Where a line says 'two threads of "
-            "one core' the machine had put both processors there: such runs compare only with "
-            f"their like. {NOTES[self.kind]}{self._limit()}",
+            "packet, of the device's polls that found work. What a line ends with says where "
+            "the machine had put both processors meanwhile: runs compare only with their like. "
+            f"{NOTES[self.kind]}{self._limits()}",
             "",
         ]
         return "\n".join(text)
 
-    def _limit(self) -> str:
+    def _limits(self) -> str:
         """The cost of lines, which bounds all copying."""
-        runs = [run for devices in self.runs.values() for some in devices.values() for run in some
-                if run["cores"] == "apart"]  # fmt: skip
-        if not runs:
-            return "The processors were never two cores."
-        names = "in_a_row", "", "overwritten", "dependent"
-        near, far, written, next_ = (
-            _median(runs, "line_ticks" + (f"_{name}" if name else "")) or 0 for name in names
-        )
+        runs = [run for devices in self.runs.values() for some in devices.values() for run in some]
+        costs = [cost for cores in WORDS if (cost := _line_costs(_placed(runs, cores)))]
         return (
-            f"The limit: a cache line that another core has just written costs {near:.0f} cycles "
-            f"in a row, {far:.0f} anywhere, {next_:.0f} where the next depends on it, and "
-            f"{written:.0f} to overwrite, of 16 KiB that fit its first cache. The bound is that "
-            "cost of the lines that a frame brings from the other core, read + overwritten: where "
-            "both go on at the same time, and one after the other."
+            "The limit: what a cache line costs that the other has just written, in a row, "
+            "anywhere, where the next depends on it, and to overwrite, of 16 KiB that fit its "
+            f"first cache: {'; '.join(costs)}. The bound is that cost of the lines that a frame "
+            "brings from the other core, read + overwritten: where both go on at the same time, "
+            "and one after the other; or the time until a thread runs that the other wakes."
         )
 
     def _path(self, suffix: str) -> Path | None:
@@ -205,7 +203,7 @@ def _bound(case: Case, row: dict[str, Any]) -> dict[str, Any]:
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["median"] is None:
         return [row["text"], row["device"], "-", *[""] * 7, row["error"] or ""]
-    notes = [] if row["cores"] == "apart" else ["two threads of one core"]
+    notes = [WORDS[row["cores"]]]
     busy = row["busy_share"]
     full = row["generator_full_share"] or 0.0
     if row["saturates"] and ((busy is not None and busy < BUSY) or full > FULL):
@@ -217,7 +215,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["unit"] == "us":
         notes += [f"{name} {row[key]:.2f}" for key, name in LATENCIES.items() if row[key]]
     if row.get("goal") or row.get("most"):
-        # None: of disturbed runs, or of one core, which decide nothing.
+        # None: of disturbed runs, of few, or of one core, which decide nothing.
         notes.append({True: "met", False: "**missed**", None: "not judged"}[row.get("met")])
     if row["error"]:
         notes.append(row["error"])
@@ -226,6 +224,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row.get("lines"):
         read, written = row["lines"]
         bound = f"{read:.1f} + {written:.1f}: {row['bound_low']:.0f}..{row['bound_high']:.0f}"
+    elif row["device"] == "vhostpy" and row["wake_us"]:
+        bound = f"woken: {row['wake_us']:.0f} us"
     cycles = row["cycles_per_packet"]
     return [
         row["text"],
@@ -242,9 +242,20 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _placed(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
+    return [run for run in runs if placement(run) == cores]
+
+
 def _choose(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
-    placed = [run for run in runs if run["cores"] == cores]
+    placed = _placed(runs, cores)
     return [run for run in placed if _calm([run])] or placed
+
+
+def _line_costs(runs: list[dict[str, Any]]) -> str:
+    names = "in_a_row", "", "dependent", "overwritten"
+    costs = [_median(runs, "line_ticks" + (f"_{name}" if name else "")) for name in names]
+    known = [f"{cost:.0f}" for cost in costs if cost is not None]
+    return f"{', '.join(known)} cycles ({WORDS[placement(runs[0])]})" if known else ""
 
 
 def _calm(runs: list[dict[str, Any]]) -> bool:
@@ -255,7 +266,7 @@ def _calm(runs: list[dict[str, Any]]) -> bool:
 
 
 def _judged(cores: str, runs: list[dict[str, Any]]) -> bool:
-    return cores == "apart" and _calm(runs)
+    return cores in TWO_CORES and len(runs) >= ENOUGH and _calm(runs)
 
 
 def _median(runs: list[dict[str, Any]], *names: str) -> float | None:

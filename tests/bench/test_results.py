@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.peers import blk, chart, net, readme
+from bench.peers import blk, chart, net, placement, readme
 from bench.peers.__main__ import RESULTS
 from bench.peers.net import rate
 from bench.peers.results import Results
@@ -15,13 +15,18 @@ CASE = rate("c", "a case", goals={"testpmd": 2.0}, chart=64)
 
 
 def run(value, **more):
-    calm = {"generator_cpu_share": 0.99, "device_cpu_share": 1.0, "cores": "apart"}
+    calm = {"generator_cpu_share": 0.99, "device_cpu_share": 1.0}
     lines = {"line_ticks": 10.0, "line_ticks_in_a_row": 9.0, "line_ticks_dependent": 160.0,
              "line_ticks_overwritten": 20.0}  # fmt: skip
     return {"value": value, "busy_share": 0.99, "cycles_per_packet": 70.0, **calm, **lines, **more}
 
 
 def results(ours, theirs, case=CASE, folder=None, commit="abc"):
+    """Each of these runs thrice, as many as are judged."""
+    return results_of([*ours, *ours, *ours], [*theirs, *theirs, *theirs], case, folder, commit)
+
+
+def results_of(ours, theirs, case=CASE, folder=None, commit="abc"):
     made = Results("net", "2000-01-01", [case], folder)
     made.commit = commit
     for device, runs in (("vhostpy", ours), ("testpmd", theirs)):
@@ -40,8 +45,8 @@ def test_ratios_are_of_medians():
     row = row_of(made, "testpmd")
     assert (row["median"], row["low"], row["high"], row["ratio"]) == (12, 10, 99, 30 / 12)
     assert row["met"]
-    cells = "12.00 Mpps", "10.00..99.00 (742%)", "3", "2.50 x", "2.00 x", "70", "", "99%", "met"
-    assert " | ".join(cells) in made.markdown()
+    cells = "12.00 Mpps", "10.00..99.00 (742%)", "9", "2.50 x", "2.00 x", "70", "", "99%"
+    assert " | ".join(cells) + " | caches apart, met |" in made.markdown()
 
 
 @pytest.mark.parametrize(("ours", "met"), [(18.5, True), (18.3, False)])
@@ -63,12 +68,24 @@ def test_disturbed_runs_count_only_where_there_are_no_others():
     assert row_of(made, "vhostpy")["median"] == 30
 
 
-def test_runs_of_one_core_stand_apart():
-    made = results([run(30), run(90, cores="shared")], [run(10), run(60, cores="shared")])
-    assert row_of(made, "testpmd")["ratio"] == 3
-    shared = row_of(made, "testpmd", "shared")
-    assert shared["ratio"] == 1.5 and "met" not in shared
-    assert "two threads of one core" in made.markdown()
+@pytest.mark.parametrize("few", ["ours", "theirs"])
+def test_few_runs_are_shown_and_not_judged(few):
+    some, enough = [run(10)] * 2, [run(10)] * 3
+    made = results_of(*((some, enough) if few == "ours" else (enough, some)))
+    assert "met" not in row_of(made, "testpmd") and "not judged" in made.markdown()
+
+
+def test_runs_compare_only_with_those_of_their_placement():
+    near, one = {"line_ticks_dependent": 70.0}, {"line_ticks_dependent": 15.0}
+    ours = [run(30), run(90, **near), run(20, **one)]
+    theirs = [run(10), run(60, **near), run(5, **one)]
+    made = results(ours, theirs)
+    rows = {cores: row_of(made, "testpmd", cores) for cores in ("apart", "near", "one")}
+    assert [row["ratio"] for row in rows.values()] == [3, 1.5, 4]
+    assert [row.get("met") for row in rows.values()] == [True, False, None]
+    for words in ("caches apart, met", "one last-level cache, **missed**",
+                  "two threads of one core, not judged"):  # fmt: skip
+        assert f"| {words} |" in made.markdown()
 
 
 @pytest.mark.parametrize("limit", [{"busy_share": 0.94}, {"generator_full_share": 0.95}])
@@ -76,7 +93,7 @@ def test_a_rate_that_is_the_generators_says_so(limit):
     made = results([run(30, **limit)], [run(10)])
     lines = [line for line in made.markdown().splitlines() if "| vhostpy |" in line]
     assert "generator-limited" in lines[0]
-    assert made.markdown().count("| generator-limited") == 1
+    assert made.markdown().count("generator-limited |") == 1
 
 
 def test_a_generator_says_how_busy_it_was():
@@ -98,6 +115,11 @@ def test_a_goal_may_be_the_most_that_is_allowed(ours, met):
     assert row_of(made, "vhostpy")["met"] is met and "<= 50 us" in made.markdown()
 
 
+def test_what_it_takes_to_be_woken_stands_beside_our_time():
+    made = results([run(60, wake_us=45.0)], [run(3)], net.latency("l", "latency", most=50.0))
+    assert "| woken: 45 us |" in made.markdown()
+
+
 def test_what_lines_cost_stands_beside_our_cycles():
     made = results([run(30)], [run(10)], rate("c", "64 B", plan={"touch": Touch.HEADER}))
     # A line of the frame, and of descriptors and entries 36 bytes to read, 16 to write.
@@ -106,7 +128,7 @@ def test_what_lines_cost_stands_beside_our_cycles():
 
 
 def test_a_peer_that_cannot_do_it_is_named_with_its_error():
-    made = results([run(30)], [{"error": "no packed rings", "cores": "apart"}])
+    made = results([run(30)], [{"error": "no packed rings"}])
     assert "| testpmd | - |" in made.markdown() and "no packed rings" in made.markdown()
 
 
@@ -150,9 +172,16 @@ def test_the_readme_shows_the_newest_whole_results(tmp_path):
         made.write(tmp_path)
     shown = readme.update(text, tmp_path, tmp_path)
     assert shown.startswith("before\n") and shown.endswith("\nafter\n")
-    assert "| 30.0 Mpps (0%), 70 cycles a packet |" in shown and "old" not in shown
+    assert "headers touched (caches apart) | 30.0 Mpps (0%), 70 cycles a packet |" in shown
+    assert "old" not in shown
     assert "2000-01-01-a-net.md" in shown and "40.0" not in shown
     assert readme.update(shown, tmp_path, tmp_path) == shown
+
+
+def test_where_one_placement_is_shown_it_is_the_one_with_most_runs():
+    near = {"line_ticks_dependent": 70.0}
+    made = results_of([run(30), *[run(40, **near)] * 2], [run(10), *[run(20, **near)] * 2])
+    assert {row["cores"] for row in placement.best_known(made.rows())} == {"near"}
 
 
 def test_the_readme_is_up_to_date():

@@ -1,20 +1,23 @@
-"""What a cache line costs that another processor has just written: the limit of all copying.
+"""What two processors cost each other: the limits of any device on a core of its own.
 
-No device is faster than the lines that it must fetch; `bench/peers/lines.py` counts them for
-a frame. On virtual machines the cost changes with where the processors are put: it
-says which figures may be compared.
+A cache line that the other has just written is the limit of all copying: no device is faster
+than the lines that it must fetch; `bench/peers/lines.py` counts them for a frame. Being woken
+by the other is that of a device that sleeps. On virtual machines both change with where the
+processors are put: they say which figures may be compared.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix cimport unistd
 
 from vhostpy._hw cimport (
-    aligned_alloc, cpu_pause, fence_full, load_acquire_u32, read_once_u64, store_release_u32,
-    ticks, ticks_after_loads, write_once_u64,
+    aligned_alloc, cpu_pause, fence_full, load_acquire_u32, load_acquire_u64, read_once_u64,
+    store_release_u32, store_release_u64, ticks, ticks_after_loads, ticks_per_us, write_once_u64,
 )
 
 import os
 import threading
+from statistics import median
 
 cdef enum:
     LINES = 256
@@ -24,6 +27,8 @@ cdef enum:
     WRITER = 0
     READER = 1
     NOBODY = 2
+    WAKES = 100
+    REST_US = 1000         # longer than a processor looks for work before it halts
 
 
 cdef class Line:
@@ -104,22 +109,75 @@ cdef class Line:
         cdef int i
 
         def writing():
-            os.sched_setaffinity(0, {writer_cpu})
             with nogil:
                 self.write()
 
         def reading():
-            os.sched_setaffinity(0, {reader_cpu})
             with nogil:
                 self.read()
 
-        threads = [threading.Thread(target=work) for work in (writing, reading)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        costs = sorted([self.costs[i] for i in range(WARM, ROUNDS)])
-        return costs[len(costs) // 2] / LINES
+        on_each({writer_cpu: writing, reader_cpu: reading})
+        return median([self.costs[i] for i in range(WARM, ROUNDS)]) / LINES
+
+
+cdef class Bell:
+    """A thread that sleeps until another wakes it, again and again."""
+    cdef int fd                    # an eventfd
+    cdef uint64_t woken_at         # in ticks; 0 while it sleeps
+    cdef uint64_t[WAKES] costs
+
+    cdef void sleep(self) noexcept nogil:
+        cdef uint64_t rings
+        cdef int _i
+        for _i in range(WAKES):
+            while unistd.read(self.fd, &rings, sizeof(rings)) != sizeof(rings):
+                pass                # interrupted
+            store_release_u64(&self.woken_at, ticks())
+
+    cdef void ring(self) noexcept nogil:
+        cdef uint64_t start = ticks(), one = 1, rest = <uint64_t>(REST_US * ticks_per_us())
+        cdef int i
+        for i in range(WAKES):
+            while ticks() - start < rest:
+                cpu_pause()
+            start = ticks()
+            unistd.write(self.fd, &one, sizeof(one))
+            while load_acquire_u64(&self.woken_at) == 0:
+                cpu_pause()
+            self.costs[i] = self.woken_at - start
+            self.woken_at = 0
+
+    def run(self, int waker_cpu, int sleeper_cpu) -> float:
+        """Ticks from before the call that wakes until the other runs, the median."""
+        cdef int i
+
+        def ringing():
+            with nogil:
+                self.ring()
+
+        def sleeping():
+            with nogil:
+                self.sleep()
+
+        self.fd = os.eventfd(0)
+        try:
+            on_each({waker_cpu: ringing, sleeper_cpu: sleeping})
+        finally:
+            os.close(self.fd)
+        return median([self.costs[i] for i in range(WAKES)])
+
+
+def on_each(works: dict) -> None:
+    """Runs each of `works` in a thread on its CPU, and waits for them."""
+    def run(cpu, work):
+        os.sched_setaffinity(0, {cpu})
+        work()
+
+    threads = [threading.Thread(target=run, args=item) for item in works.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def line_cost(writer_cpu: int, reader_cpu: int) -> dict:
@@ -133,3 +191,8 @@ def line_cost(writer_cpu: int, reader_cpu: int) -> dict:
         "line_ticks_dependent": Line(dependent=True),
     }
     return {name: line.run(writer_cpu, reader_cpu) for name, line in ways.items()}
+
+
+def wake_cost(waker_cpu: int, sleeper_cpu: int) -> dict:
+    """Microseconds until a thread runs that slept for a millisecond, as a device that rests."""
+    return {"wake_us": Bell().run(waker_cpu, sleeper_cpu) / ticks_per_us()}
