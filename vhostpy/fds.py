@@ -40,7 +40,8 @@ class Closer:
     """Closes files of strangers: their close() may block for as long as they like.
 
     A socket with SO_LINGER waits for its peer, a file on FUSE or NFS for a server. A
-    thread closes them, one after the other; when one hangs, another takes its place.
+    thread closes them, one after the other; when one hangs, another takes its place, and
+    it ends once it hangs no more.
     """
 
     def __init__(self) -> None:
@@ -105,7 +106,11 @@ class Closer:
             with self._lock:
                 closing.done = True
                 self.hung -= closing.given_up
+                is_spare = self._threads > self.hung + 1 and self._queue.empty()
+                self._threads -= is_spare
             closing.finished.release()
+            if is_spare:
+                return
 
 
 class _Closing:
