@@ -58,7 +58,7 @@ lint:           ## ruff, mypy, cython-lint
 	@tests/peers/install.sh build
 	@$(PYTHON) -m ruff check vhostpy backends vswitch tests bench setup.py
 	@$(PYTHON) -m mypy
-	@PATH="$$PWD/.venv/bin:$$PATH" cython-lint vhostpy backends vswitch
+	@PATH="$$PWD/.venv/bin:$$PATH" cython-lint vhostpy backends vswitch bench
 
 annotate:       ## Cython's HTML beside each module: a hot function is white
 	@tests/peers/install.sh build

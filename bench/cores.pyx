@@ -1,9 +1,8 @@
 """What two processors cost each other: the limits of any device on a core of its own.
 
-A cache line that the other has just written is the limit of all copying: no device is faster
-than the lines that it must fetch; `bench/peers/lines.py` counts them for a frame. Being woken
-by the other is that of a device that sleeps. On virtual machines both change with where the
-processors are put: they say which figures may be compared.
+A cache line that the other processor has just written is the limit of all copying: no device
+is faster than the lines that it must fetch; `bench/peers/lines.py` counts them for a frame.
+Being woken by the other processor is that of a device that sleeps.
 """
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -22,8 +21,8 @@ from statistics import median
 cdef enum:
     LINES = 256
     LINE = 64
-    ROUNDS = 400
-    WARM = 20              # rounds that are not counted
+    ROUNDS = 24
+    WARM = 4               # rounds that are not counted
     WRITER = 0
     READER = 1
     NOBODY = 2
@@ -116,7 +115,7 @@ cdef class Line:
             with nogil:
                 self.read()
 
-        on_each({writer_cpu: writing, reader_cpu: reading})
+        on_both((writer_cpu, writing), (reader_cpu, reading), at_once=True)
         return median([self.costs[i] for i in range(WARM, ROUNDS)]) / LINES
 
 
@@ -134,26 +133,27 @@ cdef class Bell:
                 pass                # interrupted
             store_release_u64(&self.woken_at, ticks())
 
-    cdef void ring(self) noexcept nogil:
-        cdef uint64_t start = ticks(), one = 1, rest = <uint64_t>(REST_US * ticks_per_us())
+    cdef void ring(self, uint64_t rest) noexcept nogil:
+        cdef uint64_t start = ticks(), one = 1
         cdef int i
         for i in range(WAKES):
             while ticks() - start < rest:
                 cpu_pause()
+            self.woken_at = 0       # the other one reads the eventfd before it writes this
             start = ticks()
             unistd.write(self.fd, &one, sizeof(one))
             while load_acquire_u64(&self.woken_at) == 0:
                 cpu_pause()
             self.costs[i] = self.woken_at - start
-            self.woken_at = 0
 
     def run(self, int waker_cpu, int sleeper_cpu) -> float:
-        """Ticks from before the call that wakes until the other runs, the median."""
+        """Microseconds from before the call that wakes until the other runs, the median."""
+        cdef double rate = ticks_per_us()
         cdef int i
 
         def ringing():
             with nogil:
-                self.ring()
+                self.ring(<uint64_t>(REST_US * rate))
 
         def sleeping():
             with nogil:
@@ -161,29 +161,46 @@ cdef class Bell:
 
         self.fd = os.eventfd(0)
         try:
-            on_each({waker_cpu: ringing, sleeper_cpu: sleeping})
+            on_both((waker_cpu, ringing), (sleeper_cpu, sleeping))
         finally:
             os.close(self.fd)
-        return median([self.costs[i] for i in range(WAKES)])
+        return median([self.costs[i] for i in range(WAKES)]) / rate
 
 
-def on_each(works: dict) -> None:
-    """Runs each of `works` in a thread on its CPU, and waits for them."""
+def on_both(one, other, *, bint at_once=False) -> None:
+    """Runs two (CPU, function), each on its CPU at the same time; `at_once`: whatever else
+    runs there waits meanwhile."""
+    barrier = threading.Barrier(2)
+    errors = []
+
     def run(cpu, work):
-        os.sched_setaffinity(0, {cpu})
-        work()
+        # Neither may wait for one that could not begin.
+        try:
+            os.sched_setaffinity(0, {cpu})
+            if at_once:
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+            barrier.wait()
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+        else:
+            work()
 
-    threads = [threading.Thread(target=run, args=item) for item in works.items()]
+    threads = [threading.Thread(target=run, args=each) for each in (one, other)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
 
 
 def line_cost(writer_cpu: int, reader_cpu: int) -> dict:
     """Ticks for a line of another processor: of many that lie in a row, as in a long frame;
     of many that lie anywhere, as with short ones; to overwrite those; and where each says
-    where the next is."""
+    where the next is. Both are busy with that for some milliseconds, whatever else runs there.
+    """
     ways = {
         "line_ticks_in_a_row": Line(in_a_row=True),
         "line_ticks": Line(),
@@ -195,4 +212,4 @@ def line_cost(writer_cpu: int, reader_cpu: int) -> dict:
 
 def wake_cost(waker_cpu: int, sleeper_cpu: int) -> dict:
     """Microseconds until a thread runs that slept for a millisecond, as a device that rests."""
-    return {"wake_us": Bell().run(waker_cpu, sleeper_cpu) / ticks_per_us()}
+    return {"wake_us": Bell().run(waker_cpu, sleeper_cpu)}

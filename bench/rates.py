@@ -43,8 +43,8 @@ def measure(benchmark: Any, run: Callable[[], dict[str, Any]], per_value: float)
 
     def once() -> None:
         outcome = run()
-        # On a virtual machine both processors may be threads of one core for a while: then
-        # a line costs a fifth, and figures compare only with their like.
+        # On a virtual machine both processors may be anywhere; figures compare only with
+        # those of runs in which a line cost as much.
         outcome |= line_cost(0, 1)
         outcomes.append(outcome)
         clock.measured(outcome["value"] * per_value)

@@ -49,8 +49,9 @@ def _options() -> argparse.Namespace:
     names = [case.name for kind in KINDS.values() for case in kind.CASES]
     parser.add_argument("--only", nargs="+", metavar="CASE", choices=names, help=", ".join(names))
     parser.add_argument("--kind", choices=KINDS)
-    parser.add_argument("--pairs", type=int, help="interleaved runs of each device "
-                        "(default: 5, or what a case needs)")  # fmt: skip
+    parser.add_argument("--pairs", type=int, help="interleaved runs of each device in "
+                        "one placement (default: 5, or what a case needs; fewer than 3 are not "
+                        "judged)")  # fmt: skip
     parser.add_argument("--seconds", type=int, default=3, help="measured time of a run, at least 2")
     parser.add_argument(
         "--retries", type=int, default=2,

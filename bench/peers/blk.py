@@ -50,7 +50,7 @@ def _latencies() -> list[Case]:
         latency("null-latency", "null storage, 4 KiB random read, depth 1, busy polling: p99"),
         latency("null-latency-adaptive", "the same, adaptive polling", poll="adaptive"),
         latency("null-latency-woken", "a read each ms, adaptive polling, woken from sleep: p99",
-                generator=seldom, plan={}, poll="adaptive", goals={"qsd": 1.0}),
+                generator=seldom, plan={}, poll="adaptive", sleeps=True, goals={"qsd": 1.0}),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bench.peers.placement import best_known
+from bench.peers.placement import WORDS, best_known
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 400, 64, 48, 36, 120
 COLOURS = {"vhostpy": "#1f77b4", "testpmd": "#ff7f0e", "ovs": "#2ca02c", "qsd": "#d62728"}
@@ -36,11 +36,11 @@ PANELS = {
 
 
 def draw(rows: list[dict[str, Any]], kind: str) -> str:
-    """The SVG; empty where nothing belongs on the chart."""
+    """The SVG, of one placement's rows; empty where nothing belongs on the chart."""
     rows = [row for row in rows if row["chart"] is not None and row["median"]]
     rows = best_known(rows)
     drawn = [
-        _panel(panel, some)
+        _panel(panel, some, WORDS[some[0]["cores"]])
         for panel in PANELS[kind]
         if (some := [row for row in rows if row.get(panel.value)])
     ]
@@ -57,7 +57,7 @@ def draw(rows: list[dict[str, Any]], kind: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(panel: Panel, rows: list[dict[str, Any]]) -> list[str]:
+def _panel(panel: Panel, rows: list[dict[str, Any]], placed: str) -> list[str]:
     places = sorted({row["chart"] for row in rows})
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     lowest = min(row[panel.low] for row in rows)
@@ -72,7 +72,7 @@ def _panel(panel: Panel, rows: list[dict[str, Any]]) -> list[str]:
             return TOP + height * (1 - math.log(max(value, marks[0]) / marks[0]) / span)
         return TOP + height * (1 - value / marks[-1])
 
-    parts = [f'<text x="{LEFT}" y="20" font-size="14">{panel.title}</text>']
+    parts = [f'<text x="{LEFT}" y="20" font-size="14">{panel.title} ({placed})</text>']
     for value in marks:
         parts.append(
             f'<line x1="{LEFT}" x2="{LEFT + width}" y1="{y(value):.1f}" y2="{y(value):.1f}" '

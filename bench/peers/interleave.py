@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from bench.cores import line_cost, wake_cost
+from bench.cores import wake_cost
 from bench.peers.case import Case
 from bench.peers.devices import DEVICE_CORE, Device
 from bench.peers.generators import GENERATOR_CORE
-from bench.peers.placement import TWO_CORES, WORDS, placement
+from bench.peers.placement import TWO_CORES, WORDS, Witness, placement
 from bench.peers.results import SHARES, UNDISTURBED, Results
 
 PAIRS = 5
@@ -101,20 +101,18 @@ def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str
     device.resume()
     try:
         generator = device.generator or case.generator
-        outcome: dict[str, Any] = generator(device, options.seconds, **case.plan | device.plan)
+        with Witness(GENERATOR_CORE, DEVICE_CORE) as witness:
+            outcome: dict[str, Any] = generator(device, options.seconds, **case.plan | device.plan)
         outcome |= {"rate": outcome["value"], "value": outcome[case.figure]}
+        outcome |= witness.lines(options.seconds)
+        if case.sleeps:
+            outcome |= wake_cost(GENERATOR_CORE, DEVICE_CORE)
     except Exception as error:
         outcome = _failed(error)
     finally:
-        # At once, before a hypervisor finds the processors idle and moves them.
-        device.pause()
-        limits = line_cost(GENERATOR_CORE, DEVICE_CORE)
-        if case.sleeps:
-            limits |= wake_cost(GENERATOR_CORE, DEVICE_CORE)
-        device.resume()
         time.sleep(0.3)  # it notices that the generator has gone
         device.pause()
-    return outcome | limits
+    return outcome
 
 
 def _failed(error: Exception) -> dict[str, Any]:

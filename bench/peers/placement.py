@@ -1,32 +1,97 @@
 """Where a machine had put both processors while they ran.
 
-Virtual processors move between threads, cores and caches, and stay for seconds. How long a
-read takes of a line that the other has just written, which names the next to be read, says
-where they are. That was checked with additions that need all of a core, on both at once: each
-had exactly half of its speed where a line took 13 to 16 ticks, and what it had alone elsewhere.
+Virtual processors move between threads, cores and caches. How long a read takes of a line
+that the other has just written, which names the next to be read, says where they are. That was
+checked with additions that need all of a core, on both at once: where a line took 13 to 16
+ticks each had exactly half of its speed, elsewhere what it had alone.
 """
 
-from typing import Any
+import statistics
+import threading
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Any, Self
 
-ONE_CORE_TICKS = 45  # and below: 13..40 have been seen
-ONE_CACHE_TICKS = 130  # 65..85; and beyond, 150..340
+from bench.cores import line_cost
+
+ONE_CORE_TICKS = 20  # below: 10..16 have been seen
+ONE_CACHE_TICKS = 130  # below: 25..100; beyond it 150..350
 
 # By the names that results give them.
 WORDS = {
     "apart": "caches apart",
     "near": "one last-level cache",
+    "moved": "moved meanwhile",
     "one": "two threads of one core",
 }
 TWO_CORES = ("apart", "near")
 
+PERIOD_S = 0.5
+STEADY = 0.8  # of the times it was looked at, to have stayed at one place
+
+
+class Witness:
+    """Looks what lines cost between two processors, while something else runs there."""
+
+    def __init__(self, *cpus: int) -> None:
+        self._cpus = cpus
+        self._seen: list[tuple[float, dict[str, float]]] = []  # when, and what
+        self._error: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="witness")
+
+    def _look(self) -> None:
+        try:
+            while not self._stop.wait(PERIOD_S):
+                self._seen.append((time.monotonic(), line_cost(*self._cpus)))
+        except Exception as error:
+            self._error = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def lines(self, seconds: float) -> dict[str, Any]:
+        """What they cost in so many seconds before the end: medians, and all `distances`."""
+        begin = self._seen[-1][0] - seconds if self._seen else 0
+        seen = [costs for at, costs in self._seen if at >= begin]
+        if not seen:
+            return {}
+        middle = {name: statistics.median(costs[name] for costs in seen) for name in seen[0]}
+        return middle | {"distances": [costs["line_ticks_dependent"] for costs in seen]}
+
 
 def placement(run: dict[str, Any]) -> str:
-    """One of `WORDS`."""
-    ticks = run.get("line_ticks_dependent", float("inf"))
+    """One of `WORDS`. Runs before there was a witness know only where they were just after."""
+    seen = run.get("distances") or [run.get("line_ticks_dependent", float("inf"))]
+    (name, times), *_ = Counter(map(_place, seen)).most_common(1)
+    return name if times >= STEADY * len(seen) else "moved"
+
+
+def _place(ticks: float) -> str:
     return "one" if ticks < ONE_CORE_TICKS else "near" if ticks < ONE_CACHE_TICKS else "apart"
 
 
 def best_known(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of that placement that has most of them, and of each the most runs."""
-    placed = [[row for row in rows if row["cores"] == name] for name in WORDS]
-    return max(placed, key=lambda some: (len(some), min((row["runs"] for row in some), default=0)))
+    """Of rows of one or several cases, those to be shown alone: of a placement of two cores if
+    there are any, with most rows, and with most runs of whichever device has fewest."""
+
+    def known(cores: str) -> tuple[bool, int, int]:
+        some = placed[cores]
+        fewest = min((row["runs"] for row in some), default=0)
+        return cores in TWO_CORES and bool(some), len(some), fewest
+
+    placed = {cores: [row for row in rows if row["cores"] == cores] for cores in WORDS}
+    return placed[max(placed, key=known)]

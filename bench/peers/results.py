@@ -158,15 +158,18 @@ class Results:
         return "\n".join(text)
 
     def _limits(self) -> str:
-        """The cost of lines, which bounds all copying."""
+        """What the bounds are, and the cost of lines that most of them come from."""
         runs = [run for devices in self.runs.values() for some in devices.values() for run in some]
-        costs = [cost for cores in WORDS if (cost := _line_costs(_placed(runs, cores)))]
+        costs = "; ".join(
+            cost for cores, words in WORDS.items() if (cost := _costs(_placed(runs, cores), words))
+        )
         return (
-            "The limit: what a cache line costs that the other has just written, in a row, "
-            "anywhere, where the next depends on it, and to overwrite, of 16 KiB that fit its "
-            f"first cache: {'; '.join(costs)}. The bound is that cost of the lines that a frame "
-            "brings from the other core, read + overwritten: where both go on at the same time, "
-            "and one after the other; or the time until a thread runs that the other wakes."
+            "The limit: what a cache line costs that the other processor has just written, in a "
+            "row, anywhere, where the next depends on it, and to overwrite, of 16 KiB that fit "
+            f"its first cache: {costs or 'never measured'}. The bound is that cost of the lines "
+            "that a frame brings from the other core, read + overwritten: where both go on at "
+            "the same time, and one after the other; or the time in which a thread that the "
+            "other processor wakes begins to run, the median of 100."
         )
 
     def _path(self, suffix: str) -> Path | None:
@@ -225,7 +228,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         read, written = row["lines"]
         bound = f"{read:.1f} + {written:.1f}: {row['bound_low']:.0f}..{row['bound_high']:.0f}"
     elif row["device"] == "vhostpy" and row["wake_us"]:
-        bound = f"woken: {row['wake_us']:.0f} us"
+        bound = f"to be woken: {row['wake_us']:.0f} us"
     cycles = row["cycles_per_packet"]
     return [
         row["text"],
@@ -251,11 +254,12 @@ def _choose(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
     return [run for run in placed if _calm([run])] or placed
 
 
-def _line_costs(runs: list[dict[str, Any]]) -> str:
+def _costs(runs: list[dict[str, Any]], words: str) -> str:
+    """Of a line, in the four ways that line_cost() measures; empty where nothing did."""
     names = "in_a_row", "", "dependent", "overwritten"
     costs = [_median(runs, "line_ticks" + (f"_{name}" if name else "")) for name in names]
     known = [f"{cost:.0f}" for cost in costs if cost is not None]
-    return f"{', '.join(known)} cycles ({WORDS[placement(runs[0])]})" if known else ""
+    return f"{', '.join(known)} cycles ({words})" if len(known) == len(names) else ""
 
 
 def _calm(runs: list[dict[str, Any]]) -> bool:
