@@ -16,7 +16,7 @@ from bench.cores import wake_cost
 from bench.peers.case import Case
 from bench.peers.devices import DEVICE_CORE, Device
 from bench.peers.generators import GENERATOR_CORE
-from bench.peers.placement import TWO_CORES, WORDS, Witness, placement
+from bench.peers.placement import WORDS, Witness, compares, placement
 from bench.peers.results import SHARES, UNDISTURBED, Results
 
 PAIRS = 5
@@ -91,7 +91,7 @@ def interleave(
             if "error" in outcome and turn == 0 and device.name != "vhostpy":
                 devices.remove(device)  # it can't do this
                 del good[device.name]
-        if any(all(runs[placed] >= pairs for runs in good.values()) for placed in TWO_CORES):
+        if any(all(runs[placed] >= pairs for runs in good.values()) for placed in WORDS):
             break
     results.done(case)
 
@@ -127,11 +127,7 @@ def cpu_share(outcome: dict[str, Any]) -> float:
 
 def is_good(outcome: dict[str, Any]) -> bool:
     """Whether a run tells something about two cores."""
-    return (
-        "error" not in outcome
-        and placement(outcome) in TWO_CORES
-        and cpu_share(outcome) >= UNDISTURBED
-    )
+    return "error" not in outcome and compares(outcome) and cpu_share(outcome) >= UNDISTURBED
 
 
 def _said(case: Case, outcome: dict[str, Any]) -> str:

@@ -75,6 +75,8 @@ class Witness:
 
 def placement(run: dict[str, Any]) -> str:
     """One of `WORDS`. Runs before there was a witness know only where they were just after."""
+    if "wake_us" in run:
+        return "moved"  # a processor that sleeps may be woken anywhere
     seen = run.get("distances") or [run.get("line_ticks_dependent", float("inf"))]
     (name, times), *_ = Counter(map(_place, seen)).most_common(1)
     return name if times >= STEADY * len(seen) else "moved"
@@ -82,6 +84,11 @@ def placement(run: dict[str, Any]) -> str:
 
 def _place(ticks: float) -> str:
     return "one" if ticks < ONE_CORE_TICKS else "near" if ticks < ONE_CACHE_TICKS else "apart"
+
+
+def compares(run: dict[str, Any]) -> bool:
+    """Whether it tells something about two cores, with others of its placement."""
+    return placement(run) in TWO_CORES or "wake_us" in run
 
 
 def best_known(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

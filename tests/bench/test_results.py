@@ -119,6 +119,7 @@ def test_a_goal_may_be_the_most_that_is_allowed(ours, met):
 def test_what_it_takes_to_be_woken_stands_beside_our_time():
     made = results([run(60, wake_us=45.0)], [run(3)], net.latency("l", "latency", most=50.0))
     assert "| to be woken: 45 us |" in made.markdown()
+    assert row_of(made, "vhostpy", "moved")["met"] is False
 
 
 def test_what_lines_cost_stands_beside_our_cycles():

@@ -195,7 +195,7 @@ def reload_driver(network: Network, times: int) -> None:
     bring_back(network)
     before: Footprint | None = None
     for _ in range(times + 1):  # the first warms what stays
-        network.a.check(RELOAD)
+        network.a.check(RELOAD, timeout_s=60)
         bring_back(network)
         before = before or network.backend.footprint()
     assert before is not None
