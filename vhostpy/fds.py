@@ -41,12 +41,12 @@ class Closer:
 
     A socket with SO_LINGER waits for its peer, a file on FUSE or NFS for a server. A
     thread closes them, one after the other; when one hangs, another takes its place, and
-    it ends once it hangs no more.
+    once none hangs one is left.
     """
 
     def __init__(self) -> None:
         self.hung = 0  # closings that somebody has given up to wait for
-        self._threads = 0
+        self.threads = 0
         self._queue: SimpleQueue[_Closing] = SimpleQueue()
         # Only ever held for a moment. A collection may close an fd within: hence the R.
         self._lock = threading.RLock()
@@ -75,12 +75,12 @@ class Closer:
                         self.hung,
                     )
                 return False
-            if self._threads <= self.hung:
-                self._threads += 1
+            if self.threads <= self.hung:
+                self.threads += 1
                 try:
                     threading.Thread(target=self._run, name="closer", daemon=True).start()
                 except RuntimeError:  # the process may have no more threads
-                    self._threads -= 1
+                    self.threads -= 1
                     return False
             return True
 
@@ -90,6 +90,8 @@ class Closer:
                 return
             closing.given_up = True
             self.hung += 1
+            if not self._queue.empty():
+                self._has_thread()
             if not self._told:
                 self._told = True
                 log.warning(
@@ -106,8 +108,8 @@ class Closer:
             with self._lock:
                 closing.done = True
                 self.hung -= closing.given_up
-                is_spare = self._threads > self.hung + 1 and self._queue.empty()
-                self._threads -= is_spare
+                is_spare = self.threads > self.hung + 1 and self._queue.empty()
+                self.threads -= is_spare
             closing.finished.release()
             if is_spare:
                 return

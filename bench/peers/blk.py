@@ -111,7 +111,8 @@ CASES = [
          generator=all_disks, setup="disks", peers=(), unit="%", most=10.0, lower_is_better=True,
          saturates=False),
     rate("disks-64-idle", f"CPU time of {DISKS} disks that rest", generator=resting_disks,
-         setup="disks", peers=(), unit="%", most=1.0, lower_is_better=True, saturates=False),
+         setup="disks", peers=(), unit="%", most=1.0, lower_is_better=True, saturates=False,
+         sleeps=True),
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class Case:
     pairs: int | None = None  # interleaved runs that it needs, where noise is large
     # Whether a device that is less than busy means that the generator is the limit.
     saturates: bool = True
-    sleeps: bool = False  # the device does, between two frames or requests
+    sleeps: bool = False  # the device does, between two frames or requests, or always
 
     # What is started for it; cases that are alike in this share their devices.
     ports: int = 2

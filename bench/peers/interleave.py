@@ -10,13 +10,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bench.cores import wake_cost
 from bench.peers.case import Case
 from bench.peers.devices import DEVICE_CORE, Device
 from bench.peers.generators import GENERATOR_CORE
-from bench.peers.placement import WORDS, Witness, compares, placement
+from bench.peers.placement import JUDGED, WORDS, Witness, placement
 from bench.peers.results import SHARES, UNDISTURBED, Results
 
 PAIRS = 5
@@ -76,8 +77,8 @@ def _comes_up(
 def interleave(
     case: Case, devices: list[Device], results: Results, options: argparse.Namespace
 ) -> None:
-    """By turns until each has as many good runs as are wanted in a placement of two cores, or
-    there were too many."""
+    """By turns until each has as many good runs as are wanted in one placement, or there were
+    too many."""
     good = {device.name: Counter[str]() for device in devices}
     if not devices:
         return
@@ -86,12 +87,12 @@ def interleave(
         for device in list(devices):
             outcome = attempt(case, device, options)
             results.add(case, device.name, outcome)
-            good[device.name][placement(outcome)] += is_good(outcome)
+            good[device.name][placement(case, outcome)] += is_good(case, outcome)
             print(f"{case.name} {turn + 1}: {device.name} {_said(case, outcome)}", file=sys.stderr)
             if "error" in outcome and turn == 0 and device.name != "vhostpy":
                 devices.remove(device)  # it can't do this
                 del good[device.name]
-        if any(all(runs[placed] >= pairs for runs in good.values()) for placed in WORDS):
+        if any(all(runs[placed] >= pairs for runs in good.values()) for placed in JUDGED):
             break
     results.done(case)
 
@@ -101,18 +102,26 @@ def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str
     device.resume()
     try:
         generator = device.generator or case.generator
-        with Witness(GENERATOR_CORE, DEVICE_CORE) as witness:
-            outcome: dict[str, Any] = generator(device, options.seconds, **case.plan | device.plan)
+        run = partial(generator, device, options.seconds, **case.plan | device.plan)
+        outcome = _slept(run) if case.sleeps else _witnessed(run, options.seconds)
         outcome |= {"rate": outcome["value"], "value": outcome[case.figure]}
-        outcome |= witness.lines(options.seconds)
-        if case.sleeps:
-            outcome |= wake_cost(GENERATOR_CORE, DEVICE_CORE)
     except Exception as error:
         outcome = _failed(error)
     finally:
         time.sleep(0.3)  # it notices that the generator has gone
         device.pause()
     return outcome
+
+
+def _witnessed(run: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    with Witness(GENERATOR_CORE, DEVICE_CORE) as witness:
+        outcome = run()
+    return outcome | witness.lines(seconds)
+
+
+def _slept(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    # No witness: it would be what wakes the processors, and what the tails show.
+    return run() | wake_cost(GENERATOR_CORE, DEVICE_CORE)
 
 
 def _failed(error: Exception) -> dict[str, Any]:
@@ -125,13 +134,17 @@ def cpu_share(outcome: dict[str, Any]) -> float:
     return min((outcome[name] for name in SHARES if name in outcome), default=0.0)
 
 
-def is_good(outcome: dict[str, Any]) -> bool:
-    """Whether a run tells something about two cores."""
-    return "error" not in outcome and compares(outcome) and cpu_share(outcome) >= UNDISTURBED
+def is_good(case: Case, outcome: dict[str, Any]) -> bool:
+    """Whether a run decides something, with others of its placement."""
+    return (
+        "error" not in outcome
+        and placement(case, outcome) in JUDGED
+        and cpu_share(outcome) >= UNDISTURBED
+    )
 
 
 def _said(case: Case, outcome: dict[str, Any]) -> str:
     if "error" in outcome:
         return str(outcome["error"])
     disturbed = "" if cpu_share(outcome) >= UNDISTURBED else ", disturbed"
-    return f"{outcome['value']:.2f} {case.unit}, {WORDS[placement(outcome)]}{disturbed}"
+    return f"{outcome['value']:.2f} {case.unit}, {WORDS[placement(case, outcome)]}{disturbed}"

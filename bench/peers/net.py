@@ -70,10 +70,10 @@ CASES = [
          setup="crowd", poll="adaptive", peers=("two ports",), goals={"two ports": 0.9}),
     rate("ports-1000-idle", f"CPU time of {PORTS:,} connected ports that rest", generator=idle,
          setup="crowd", poll="adaptive", peers=(), unit="%", most=1.0, lower_is_better=True,
-         saturates=False),
+         saturates=False, sleeps=True),
     *[rate(name, f"64 B, two workers, a pair of ports each{how}", generator=by_turns,
            plan={"peers": peers}, setup="workers", poll="interrupt", peers=("a process each",),
-           unit="cycles", lower_is_better=True, saturates=False,
+           unit="cycles", lower_is_better=True, saturates=False, sleeps=True,
            goals={"a process each": 1 / most})
       for name, how, peers, most in (
           ("workers-2", "", APART, 1.15),

@@ -14,25 +14,27 @@ from types import TracebackType
 from typing import Any, Self
 
 from bench.cores import line_cost
+from bench.peers.case import Case
 
-ONE_CORE_TICKS = 20  # below: 10..16 have been seen
+ONE_CORE_TICKS = 20  # below: 8..16 have been seen
 ONE_CACHE_TICKS = 130  # below: 25..100; beyond it 150..350
 
 # By the names that results give them.
 WORDS = {
     "apart": "caches apart",
     "near": "one last-level cache",
+    "anywhere": "sleeps: woken anywhere",
     "moved": "moved meanwhile",
     "one": "two threads of one core",
 }
-TWO_CORES = ("apart", "near")
+JUDGED = ("apart", "near", "anywhere")
 
 PERIOD_S = 0.5
 STEADY = 0.8  # of the times it was looked at, to have stayed at one place
 
 
 class Witness:
-    """Looks what lines cost between two processors, while something else runs there."""
+    """Looks at what lines cost between two processors, while something else runs there."""
 
     def __init__(self, *cpus: int) -> None:
         self._cpus = cpus
@@ -60,11 +62,12 @@ class Witness:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if self._error is not None:
+        if self._error is not None and error is None:
             raise self._error
 
     def lines(self, seconds: float) -> dict[str, Any]:
-        """What they cost in so many seconds before the end: medians, and all `distances`."""
+        """What they cost in the last look and so many seconds before: medians, and all
+        `distances`."""
         begin = self._seen[-1][0] - seconds if self._seen else 0
         seen = [costs for at, costs in self._seen if at >= begin]
         if not seen:
@@ -73,11 +76,14 @@ class Witness:
         return middle | {"distances": [costs["line_ticks_dependent"] for costs in seen]}
 
 
-def placement(run: dict[str, Any]) -> str:
+def placement(case: Case, run: dict[str, Any]) -> str:
     """One of `WORDS`. Runs before there was a witness know only where they were just after."""
-    if "wake_us" in run:
-        return "moved"  # a processor that sleeps may be woken anywhere
-    seen = run.get("distances") or [run.get("line_ticks_dependent", float("inf"))]
+    if case.sleeps:
+        return "anywhere"
+    after = run.get("line_ticks_dependent")
+    seen = run.get("distances") or ([] if after is None else [after])
+    if not seen:
+        return "moved"
     (name, times), *_ = Counter(map(_place, seen)).most_common(1)
     return name if times >= STEADY * len(seen) else "moved"
 
@@ -86,19 +92,14 @@ def _place(ticks: float) -> str:
     return "one" if ticks < ONE_CORE_TICKS else "near" if ticks < ONE_CACHE_TICKS else "apart"
 
 
-def compares(run: dict[str, Any]) -> bool:
-    """Whether it tells something about two cores, with others of its placement."""
-    return placement(run) in TWO_CORES or "wake_us" in run
-
-
 def best_known(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows of one or several cases, those to be shown alone: of a placement of two cores if
-    there are any, with most rows, and with most runs of whichever device has fewest."""
+    """Of rows of one or several cases, those to be shown alone: of a placement that is judged
+    if there are any, with most rows, and with most runs of whichever device has fewest."""
 
     def known(cores: str) -> tuple[bool, int, int]:
         some = placed[cores]
         fewest = min((row["runs"] for row in some), default=0)
-        return cores in TWO_CORES and bool(some), len(some), fewest
+        return cores in JUDGED and bool(some), len(some), fewest
 
     placed = {cores: [row for row in rows if row["cores"] == cores] for cores in WORDS}
     return placed[max(placed, key=known)]

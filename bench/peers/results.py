@@ -7,12 +7,13 @@ import subprocess
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bench.peers import chart, lines
 from bench.peers.case import Case
-from bench.peers.placement import WORDS, compares, placement
+from bench.peers.placement import JUDGED, WORDS, placement
 
 FOLDER = Path(__file__).parents[2]
 MEASURED = ("vhostpy", "backends", "vswitch", "setup.py", "bench", ":!bench/results")
@@ -82,7 +83,10 @@ class Results:
         self, case: Case, cores: str, devices: dict[str, list[dict[str, Any]]]
     ) -> list[dict[str, Any]]:
         """Of one case, the runs of one placement; undisturbed ones where there are any."""
-        chosen = {device: _choose(runs, cores) for device, runs in devices.items()}
+        chosen = {
+            device: _choose([run for run in runs if placement(case, run) == cores])
+            for device, runs in devices.items()
+        }
         if not any(chosen.values()):
             return []
         rows = []
@@ -119,13 +123,13 @@ class Results:
                 if device == "vhostpy":
                     row |= _bound(case, row)
                     row["most"] = case.most
-                    if case.most and row["median"] is not None and _judged(runs):
+                    if case.most and row["median"] is not None and _judged(cores, runs):
                         row["met"] = row["median"] <= case.most / MET
                 elif ours and row["median"]:
                     ratio = ours / row["median"]
                     row["ratio"] = 1 / ratio if case.lower_is_better else ratio
                     row["goal"] = case.goals.get(device)
-                    if row["goal"] and _judged(chosen["vhostpy"]) and _judged(runs):
+                    if row["goal"] and _judged(cores, chosen["vhostpy"]) and _judged(cores, runs):
                         row["met"] = row["ratio"] >= MET * row["goal"]
                 rows.append(row)
         return rows
@@ -147,10 +151,10 @@ class Results:
         text += [
             "",
             f"Goals are ratios of medians, met at {MET:.0%}; or a most; judged where {ENOUGH} runs "
-            "or more of each had two cores to themselves. The percentage is from the "
-            "lowest to the highest run, of the median. 'Generator-limited': the device was "
-            f"less than {BUSY:.0%} busy, or the generator never had to wait for it. Cycles are per "
-            "packet, of the device's polls that found work. What a line ends with says where "
+            "or more of each had two cores to themselves, or cores that sleep. The percentage is "
+            "from the lowest to the highest run, of the median. 'Generator-limited': the device "
+            f"was less than {BUSY:.0%} busy, or the generator never had to wait for it. Cycles "
+            "are per packet, of the device's polls that found work. The last column says where "
             "the machine had put both processors meanwhile: runs compare only with their like. "
             f"{NOTES[self.kind]}{self._limits()}",
             "",
@@ -159,10 +163,12 @@ class Results:
 
     def _limits(self) -> str:
         """What the bounds are, and the cost of lines that most of them come from."""
-        runs = [run for devices in self.runs.values() for some in devices.values() for run in some]
-        costs = "; ".join(
-            cost for cores, words in WORDS.items() if (cost := _costs(_placed(runs, cores), words))
-        )
+        placed: dict[str, list[dict[str, Any]]] = {cores: [] for cores in WORDS}
+        for name, devices in self.runs.items():
+            for run in chain(*devices.values()):
+                if name in self.cases:
+                    placed[placement(self.cases[name], run)].append(run)
+        costs = "; ".join(cost for cores, runs in placed.items() if (cost := _costs(runs, cores)))
         return (
             "The limit: what a cache line costs that the other processor has just written, in a "
             "row, anywhere, where the next depends on it, and to overwrite, of 16 KiB that fit "
@@ -227,7 +233,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row.get("lines"):
         read, written = row["lines"]
         bound = f"{read:.1f} + {written:.1f}: {row['bound_low']:.0f}..{row['bound_high']:.0f}"
-    elif row["device"] == "vhostpy" and row["wake_us"]:
+    elif row["device"] == "vhostpy" and row["unit"] == "us" and row["wake_us"]:
         bound = f"to be woken: {row['wake_us']:.0f} us"
     cycles = row["cycles_per_packet"]
     return [
@@ -245,21 +251,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _placed(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
-    return [run for run in runs if placement(run) == cores]
+def _choose(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if _calm([run])] or runs
 
 
-def _choose(runs: list[dict[str, Any]], cores: str) -> list[dict[str, Any]]:
-    placed = _placed(runs, cores)
-    return [run for run in placed if _calm([run])] or placed
-
-
-def _costs(runs: list[dict[str, Any]], words: str) -> str:
+def _costs(runs: list[dict[str, Any]], cores: str) -> str:
     """Of a line, in the four ways that line_cost() measures; empty where nothing did."""
     names = "in_a_row", "", "dependent", "overwritten"
     costs = [_median(runs, "line_ticks" + (f"_{name}" if name else "")) for name in names]
     known = [f"{cost:.0f}" for cost in costs if cost is not None]
-    return f"{', '.join(known)} cycles ({words})" if len(known) == len(names) else ""
+    return f"{', '.join(known)} cycles ({WORDS[cores]})" if len(known) == len(names) else ""
 
 
 def _calm(runs: list[dict[str, Any]]) -> bool:
@@ -269,8 +270,8 @@ def _calm(runs: list[dict[str, Any]]) -> bool:
     )
 
 
-def _judged(runs: list[dict[str, Any]]) -> bool:
-    return len(runs) >= ENOUGH and _calm(runs) and all(map(compares, runs))
+def _judged(cores: str, runs: list[dict[str, Any]]) -> bool:
+    return cores in JUDGED and len(runs) >= ENOUGH and _calm(runs)
 
 
 def _median(runs: list[dict[str, Any]], *names: str) -> float | None:

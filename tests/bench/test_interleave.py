@@ -6,16 +6,18 @@ from itertools import cycle
 
 import pytest
 
-from bench.cores import line_cost
+from bench.cores import line_cost, wake_cost
 from bench.peers import interleave
 from bench.peers.net import rate
-from bench.peers.placement import Witness, placement
+from bench.peers.placement import WORDS, Witness, placement
 from bench.peers.results import Results
 from tests.hostile.victim import eventually
 
 CASE = rate("c", "a case")
 OPTIONS = argparse.Namespace(pairs=2, retries=4, seconds=2)
-TICKS = {"apart": 280.0, "near": 70.0, "one": 14.0}
+TICKS = {
+    "apart": [280.0], "near": [70.0], "one": [14.0], "moved": [280.0, 70.0], "disturbed": [280.0],
+}  # fmt: skip
 
 needs_two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="a line goes from one processor to another"
@@ -33,12 +35,12 @@ needs_two_cores = pytest.mark.skipif(
     ],
 )
 def test_runs_are_where_the_processors_were_nearly_all_the_time(distances, where):
-    assert placement({"distances": distances, "line_ticks_dependent": 14}) == where
+    assert placement(CASE, {"distances": distances, "line_ticks_dependent": 14}) == where
 
 
 @pytest.mark.parametrize(("ticks", "where"), [(14, "one"), (70, "near"), (280, "apart")])
 def test_runs_without_a_witness_are_where_the_processors_were_after_them(ticks, where):
-    assert placement({"line_ticks_dependent": ticks}) == where
+    assert placement(CASE, {"line_ticks_dependent": ticks}) == where
 
 
 class Named:
@@ -51,8 +53,9 @@ def turns(monkeypatch, *places):
     seen = {device: cycle(places_of) for device, places_of in zip("ab", places, strict=True)}
 
     def attempt(case, device, options):
-        ticks = TICKS[next(seen[device.name])]
-        return {"value": 1.0, "generator_cpu_share": 1.0, "distances": [ticks]}
+        where = next(seen[device.name])
+        share = 0.5 if where == "disturbed" else 1.0
+        return {"value": 1.0, "generator_cpu_share": share, "distances": TICKS[where]}
 
     monkeypatch.setattr(interleave, "attempt", attempt)
     results = Results("net", "2000-01-01", [CASE])
@@ -65,7 +68,8 @@ def test_it_ends_when_each_device_has_runs_enough_in_one_placement(monkeypatch):
     assert turns(monkeypatch, ["near"], ["near"]) == 2
     assert turns(monkeypatch, ["near", "apart"], ["near", "apart"]) == 3
     assert turns(monkeypatch, ["near"], ["apart"]) == most
-    assert turns(monkeypatch, ["one"], ["one"]) == most
+    for useless in ("one", "moved", "disturbed"):
+        assert turns(monkeypatch, [useless], [useless]) == most
 
 
 @needs_two_cores
@@ -74,7 +78,14 @@ def test_a_witness_tells_how_far_the_processors_were_from_each_other(monkeypatch
     cpus = sorted(os.sched_getaffinity(0))[:2]
     with Witness(*cpus) as witness:
         eventually(lambda: len(witness.lines(60).get("distances", [])) > 2)
+    assert placement(CASE, witness.lines(60)) in WORDS
     assert all(1 < ticks < 100_000 for ticks in witness.lines(60)["distances"])
+
+
+@needs_two_cores
+def test_a_thread_that_sleeps_takes_microseconds_to_be_woken():
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    assert 0 < wake_cost(first, second)["wake_us"] < 1_000_000
 
 
 @needs_two_cores

@@ -91,15 +91,15 @@ def test_beyond_so_many_that_hang_nobody_waits_and_the_rest_is_closed_when_they_
 
 def test_threads_that_took_the_place_of_those_that_hung_end_with_that(closer):
     pipe_end().close()
-    threads = threading.active_count()
+    assert closer.threads == 1
     with contextlib.ExitStack() as stack:
         for _ in range(HUNG_MAX - 1):
             OwnedFd(stack.enter_context(lingering_socket()).detach()).close()
         pipe_end().close()
-        assert threading.active_count() == threads + HUNG_MAX - 1
-    eventually(lambda: threading.active_count() == threads)
+        assert closer.threads == HUNG_MAX
+    eventually(lambda: closer.threads == 1)
     pipe_end().close()
-    assert closer.hung == 0
+    eventually(lambda: not closer.hung)
 
 
 def test_eventfds_and_shared_memory_are_closed_while_everything_else_hangs(closer, hangs):
