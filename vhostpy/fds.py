@@ -58,13 +58,13 @@ class Closer:
             return  # no thread would run any more; the kernel closes it in a moment
         closing = _Closing(fd)
         self._queue.put(closing)
-        if not self._has_thread():
+        if not self._ensure_thread():
             return
         if not closing.finished.acquire(timeout=CLOSE_PATIENCE_S):
             self._give_up(closing)
 
-    def _has_thread(self) -> bool:
-        """Whether somebody will see to it now. Otherwise it lies there until one is free."""
+    def _ensure_thread(self) -> bool:
+        """Starts a thread where none is free. False: none may be, and what is queued waits."""
         with self._lock:
             if self.hung >= HUNG_MAX:
                 if not self._told_full:
@@ -91,7 +91,7 @@ class Closer:
             closing.given_up = True
             self.hung += 1
             if not self._queue.empty():
-                self._has_thread()
+                self._ensure_thread()
             if not self._told:
                 self._told = True
                 log.warning(
