@@ -195,9 +195,8 @@ def on_both(one, other, *, bint real_time=False) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):
-            raise error
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
 
 
 def line_cost(writer_cpu: int, reader_cpu: int) -> dict:

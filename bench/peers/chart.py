@@ -40,7 +40,7 @@ def draw(rows: list[dict[str, Any]], kind: str) -> str:
     rows = [row for row in rows if row["chart"] is not None and row["median"]]
     rows = best_known(rows)
     drawn = [
-        _panel(panel, some, WORDS[some[0]["cores"]])
+        _panel(panel, some)
         for panel in PANELS[kind]
         if (some := [row for row in rows if row.get(panel.value)])
     ]
@@ -57,7 +57,8 @@ def draw(rows: list[dict[str, Any]], kind: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _panel(panel: Panel, rows: list[dict[str, Any]], placed: str) -> list[str]:
+def _panel(panel: Panel, rows: list[dict[str, Any]]) -> list[str]:
+    placed = WORDS[rows[0]["cores"]]
     places = sorted({row["chart"] for row in rows})
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     lowest = min(row[panel.low] for row in rows)

@@ -17,8 +17,8 @@ from bench.cores import wake_cost
 from bench.peers.case import Case
 from bench.peers.devices import DEVICE_CORE, Device
 from bench.peers.generators import GENERATOR_CORE
-from bench.peers.placement import JUDGED, WORDS, Witness, placement
-from bench.peers.results import SHARES, UNDISTURBED, Results
+from bench.peers.placement import JUDGED, WORDS, costs_of, placement, witness
+from bench.peers.results import Results, is_calm
 
 PAIRS = 5
 
@@ -87,7 +87,7 @@ def interleave(
         for device in list(devices):
             outcome = attempt(case, device, options)
             results.add(case, device.name, outcome)
-            good[device.name][placement(case, outcome)] += is_good(case, outcome)
+            good[device.name][placement(case, outcome)] += is_calm(outcome)
             print(f"{case.name} {turn + 1}: {device.name} {_said(case, outcome)}", file=sys.stderr)
             if "error" in outcome and turn == 0 and device.name != "vhostpy":
                 devices.remove(device)  # it can't do this
@@ -114,9 +114,9 @@ def attempt(case: Case, device: Device, options: argparse.Namespace) -> dict[str
 
 
 def _witnessed(run: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    with Witness(GENERATOR_CORE, DEVICE_CORE) as witness:
+    with witness(GENERATOR_CORE, DEVICE_CORE) as seen:
         outcome = run()
-    return outcome | witness.lines(seconds)
+    return outcome | costs_of(seen, seconds)
 
 
 def _slept(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -129,22 +129,8 @@ def _failed(error: Exception) -> dict[str, Any]:
     return {"error": lines[0] if lines else type(error).__name__}
 
 
-def cpu_share(outcome: dict[str, Any]) -> float:
-    """What the ends had of their processors, the worst of them."""
-    return min((outcome[name] for name in SHARES if name in outcome), default=0.0)
-
-
-def is_good(case: Case, outcome: dict[str, Any]) -> bool:
-    """Whether a run decides something, with others of its placement."""
-    return (
-        "error" not in outcome
-        and placement(case, outcome) in JUDGED
-        and cpu_share(outcome) >= UNDISTURBED
-    )
-
-
 def _said(case: Case, outcome: dict[str, Any]) -> str:
     if "error" in outcome:
         return str(outcome["error"])
-    disturbed = "" if cpu_share(outcome) >= UNDISTURBED else ", disturbed"
+    disturbed = "" if is_calm(outcome) else ", disturbed"
     return f"{outcome['value']:.2f} {case.unit}, {WORDS[placement(case, outcome)]}{disturbed}"

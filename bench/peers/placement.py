@@ -10,8 +10,10 @@ import statistics
 import threading
 import time
 from collections import Counter
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 from bench.cores import line_cost
 from bench.peers.case import Case
@@ -33,47 +35,35 @@ PERIOD_S = 0.5
 STEADY = 0.8  # of the times it was looked at, to have stayed at one place
 
 
-class Witness:
+Seen = list[tuple[float, dict[str, float]]]  # when, and what lines cost then
+
+
+@contextmanager
+def witness(*cpus: int) -> Iterator[Seen]:
     """Looks at what lines cost between two processors, while something else runs there."""
+    seen: Seen = []
+    stop = threading.Event()
 
-    def __init__(self, *cpus: int) -> None:
-        self._cpus = cpus
-        self._seen: list[tuple[float, dict[str, float]]] = []  # when, and what
-        self._error: Exception | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="witness")
+    def look() -> None:
+        while not stop.wait(PERIOD_S):
+            seen.append((time.monotonic(), line_cost(*cpus)))
 
-    def _look(self) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
         try:
-            while not self._stop.wait(PERIOD_S):
-                self._seen.append((time.monotonic(), line_cost(*self._cpus)))
-        except Exception as error:
-            self._error = error
+            yield seen
+        finally:
+            stop.set()
+    looking.result()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._error is not None and error is None:
-            raise self._error
-
-    def lines(self, seconds: float) -> dict[str, Any]:
-        """What they cost in the last look and so many seconds before: medians, and all
-        `distances`."""
-        begin = self._seen[-1][0] - seconds if self._seen else 0
-        seen = [costs for at, costs in self._seen if at >= begin]
-        if not seen:
-            return {}
-        middle = {name: statistics.median(costs[name] for costs in seen) for name in seen[0]}
-        return middle | {"distances": [costs["line_ticks_dependent"] for costs in seen]}
+def costs_of(seen: Seen, seconds: float) -> dict[str, Any]:
+    """Of lines in the last look and so many seconds before: medians, and all `distances`."""
+    recent = [costs for at, costs in seen if at >= seen[-1][0] - seconds]
+    if not recent:
+        return {}
+    middle = {name: statistics.median(costs[name] for costs in recent) for name in recent[0]}
+    return middle | {"distances": [costs["line_ticks_dependent"] for costs in recent]}
 
 
 def placement(case: Case, run: dict[str, Any]) -> str:

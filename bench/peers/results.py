@@ -164,10 +164,9 @@ class Results:
     def _limits(self) -> str:
         """What the bounds are, and the cost of lines that most of them come from."""
         placed: dict[str, list[dict[str, Any]]] = {cores: [] for cores in WORDS}
-        for name, devices in self.runs.items():
-            for run in chain(*devices.values()):
-                if name in self.cases:
-                    placed[placement(self.cases[name], run)].append(run)
+        for name, case in self.cases.items():
+            for run in chain(*self.runs.get(name, {}).values()):
+                placed[placement(case, run)].append(run)
         costs = "; ".join(cost for cores, runs in placed.items() if (cost := _costs(runs, cores)))
         return (
             "The limit: what a cache line costs that the other processor has just written, in a "
@@ -252,7 +251,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _choose(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [run for run in runs if _calm([run])] or runs
+    return [run for run in runs if is_calm(run)] or runs
 
 
 def _costs(runs: list[dict[str, Any]], cores: str) -> str:
@@ -263,15 +262,13 @@ def _costs(runs: list[dict[str, Any]], cores: str) -> str:
     return f"{', '.join(known)} cycles ({WORDS[cores]})" if len(known) == len(names) else ""
 
 
-def _calm(runs: list[dict[str, Any]]) -> bool:
-    """Whether all gave something, and had their cores to themselves."""
-    return bool(runs) and all(
-        "value" in run and all(run.get(name, 1) >= UNDISTURBED for name in SHARES) for run in runs
-    )
+def is_calm(run: dict[str, Any]) -> bool:
+    """Whether it gave something, and both ends had their cores to themselves."""
+    return "value" in run and all(run.get(name, 1) >= UNDISTURBED for name in SHARES)
 
 
 def _judged(cores: str, runs: list[dict[str, Any]]) -> bool:
-    return cores in JUDGED and len(runs) >= ENOUGH and _calm(runs)
+    return cores in JUDGED and len(runs) >= ENOUGH and all(map(is_calm, runs))
 
 
 def _median(runs: list[dict[str, Any]], *names: str) -> float | None:

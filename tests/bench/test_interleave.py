@@ -9,8 +9,9 @@ import pytest
 from bench.cores import line_cost, wake_cost
 from bench.peers import interleave
 from bench.peers.net import rate
-from bench.peers.placement import WORDS, Witness, placement
+from bench.peers.placement import WORDS, costs_of, placement, witness
 from bench.peers.results import Results
+from bench.rates import needs_two_cores
 from tests.hostile.victim import eventually
 
 CASE = rate("c", "a case")
@@ -18,10 +19,6 @@ OPTIONS = argparse.Namespace(pairs=2, retries=4, seconds=2)
 TICKS = {
     "apart": [280.0], "near": [70.0], "one": [14.0], "moved": [280.0, 70.0], "disturbed": [280.0],
 }  # fmt: skip
-
-needs_two_cores = pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="a line goes from one processor to another"
-)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +73,10 @@ def test_it_ends_when_each_device_has_runs_enough_in_one_placement(monkeypatch):
 def test_a_witness_tells_how_far_the_processors_were_from_each_other(monkeypatch):
     monkeypatch.setattr("bench.peers.placement.PERIOD_S", 0.01)
     cpus = sorted(os.sched_getaffinity(0))[:2]
-    with Witness(*cpus) as witness:
-        eventually(lambda: len(witness.lines(60).get("distances", [])) > 2)
-    assert placement(CASE, witness.lines(60)) in WORDS
-    assert all(1 < ticks < 100_000 for ticks in witness.lines(60)["distances"])
+    with witness(*cpus) as seen:
+        eventually(lambda: len(costs_of(seen, 60).get("distances", [])) > 2)
+    assert placement(CASE, costs_of(seen, 60)) in WORDS
+    assert all(1 < ticks < 100_000 for ticks in costs_of(seen, 60)["distances"])
 
 
 @needs_two_cores
