@@ -4,7 +4,7 @@ PYTEST := $(PYTHON) -m pytest
 BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace --parallel 2
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long test-asan test-ceph bench bench-peers lint annotate clean \
+.PHONY: help build demo test test-long test-asan test-ceph bench bench-builds bench-peers lint annotate clean \
 	distclean
 
 help:           ## lists the targets
@@ -46,6 +46,11 @@ bench:          ## start-up time, idle CPU, memory, throughput
 	@tests/peers/install.sh build
 	@$(call compile,release,)
 	@$(PYTEST) bench
+
+bench-builds:   ## two builds in turns: A=main B=HEAD CASE="64B-split null-1"; empty: this tree
+	@tests/peers/install.sh build
+	@$(call compile,release,)
+	@$(PYTHON) -m bench.builds --a "$(A)" --b "$(B)" $(if $(CASE),--case $(CASE))
 
 bench-peers:    ## vhostpy beside testpmd, OVS-DPDK, qemu-storage-daemon, fio; two hours
 	@tests/peers/install.sh demo

@@ -85,8 +85,10 @@ class Vhostpy(Device):
 
     def __init__(self, folder: Path, count: int, verb: str = "net", *flags: str,
                  poll: str = "busy", name: str = "vhostpy",
-                 cpus: tuple[int, ...] = (DEVICE_CORE,)) -> None:  # fmt: skip
+                 cpus: tuple[int, ...] = (DEVICE_CORE,), tree: Path | None = None,
+                 ) -> None:  # fmt: skip
         self.name = name
+        self.tree = tree  # of another revision
         super().__init__(folder, count)
         self.polls = poll == "busy"
         self.verb = verb
@@ -100,7 +102,8 @@ class Vhostpy(Device):
             argv += ["--socket", path]
         # A switch's control thread may have the other core; storage has one for all it does.
         start = core.start if self.verb == "blk" else subprocess.Popen
-        self.process = start(argv, stderr=subprocess.DEVNULL)
+        self.process = start(argv, stderr=subprocess.DEVNULL, cwd=self.tree,
+                             start_new_session=self.tree is not None)  # fmt: skip
         self.wait_for_sockets()
 
     def mark(self) -> Any:

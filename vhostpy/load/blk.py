@@ -3,6 +3,7 @@
 The loop itself is `_blk`; this is what happens before, around and after it.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,24 +97,32 @@ class DiskConfig:
 
 def run(plan: BlkPlan, progress: report.Progress | None = None) -> dict[str, Any]:
     """Runs the plan; returns its figures. Raises ConfigError, ProtocolError."""
-    with connect(plan.socket) as front_end:
-        with handshake(plan.socket):
-            config, queues = _start(plan, front_end)
-        blocks = _blocks(plan, config)
-        generator = BlkGenerator(
-            queues,
-            depth=plan.depth,
-            block_bytes=plan.block_bytes,
-            blocks=blocks,
-            read_share=plan.reads,
-            random=plan.pattern in ("randread", "randwrite", "mix"),
-            verify=plan.verify,
-            indirect=plan.indirect,
-        )
+    with ExitStack() as stack:
+        generator, front_end, config, blocks = prepare(plan, stack)
         with DiskRunner(
             generator, (plan.socket,), (front_end,), cpu=plan.cpu, progress=progress
         ) as runner:
             return _phases(plan, runner, config, blocks)
+
+
+def prepare(plan: BlkPlan, stack: ExitStack) -> tuple[Any, FrontEnd, DiskConfig, int]:
+    """A generator that is ready, the front-end that it stands on, which `stack` closes, and
+    what the disk is: its configuration, and how many blocks of it are used."""
+    front_end = stack.enter_context(connect(plan.socket))
+    with handshake(plan.socket):
+        config, queues = _start(plan, front_end)
+    blocks = _blocks(plan, config)
+    generator = BlkGenerator(
+        queues,
+        depth=plan.depth,
+        block_bytes=plan.block_bytes,
+        blocks=blocks,
+        read_share=plan.reads,
+        random=plan.pattern in ("randread", "randwrite", "mix"),
+        verify=plan.verify,
+        indirect=plan.indirect,
+    )
+    return generator, front_end, config, blocks
 
 
 # Handshake -----------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def run(plan: NetPlan, progress: report.Progress | None = None) -> dict[str, Any
     """Runs the plan; returns its figures. Raises ConfigError, ProtocolError."""
     _check(plan)
     with ExitStack() as stack:
-        generator, front_ends = _open(plan, stack)
+        generator, front_ends = prepare(plan, stack)
         with Runner(generator, plan.sockets, front_ends, cpu=plan.cpu, progress=progress) as runner:
             return _phases(plan, runner)
 
@@ -104,8 +104,8 @@ def _check(plan: NetPlan) -> None:
 # Handshake -----------------------------------------------------------------------------
 
 
-def _open(plan: NetPlan, stack: ExitStack) -> tuple[Any, list[FrontEnd]]:
-    """A generator that is ready, and the front-ends that it stands on."""
+def prepare(plan: NetPlan, stack: ExitStack) -> tuple[Any, list[FrontEnd]]:
+    """A generator that is ready, and the front-ends that it stands on, which `stack` closes."""
     front_ends, pairs = [], []
     for port, path in enumerate(plan.sockets):
         front_end = stack.enter_context(connect(path))
@@ -188,13 +188,18 @@ def _want_queues(plan: NetPlan, front_end: FrontEnd, path: str) -> None:
 # Phases --------------------------------------------------------------------------------
 
 
-def _phases(plan: NetPlan, runner: Runner) -> dict[str, Any]:
+def teach(runner: Runner) -> None:
+    """A learning switch has to know all addresses before the load starts."""
     generator = runner.generator
-    # A learning switch has to know all addresses before the load starts.
     generator.enter(Phase.TEACH)
     runner.wait(0.02)
     runner.wait(TEACH_S, lambda: not generator.teaching)
     _settle(runner)
+
+
+def _phases(plan: NetPlan, runner: Runner) -> dict[str, Any]:
+    generator = runner.generator
+    teach(runner)
     start = runner.sample()
     generator.enter(Phase.SEND)
     first, last = runner.measure(plan.warmup_s, plan.seconds, _line)
