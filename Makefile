@@ -35,7 +35,7 @@ test-asan:      ## the tests without guests, with ASan, UBSan and Cython's check
 	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
-		$(PYTEST) -m "not long and not guest" --ignore=tests/test_install.py
+		$(PYTEST) -m "(not long or sanitized) and not guest" --timeout=900 --ignore=tests/test_install.py
 
 test-ceph:      ## RBD disks on a Ceph of one node, which it starts and ends
 	@tests/peers/install.sh ceph

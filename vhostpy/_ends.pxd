@@ -28,7 +28,8 @@ cdef struct WorkerSide:
     uint64_t calls          # written to call_fd
     uint64_t first          # packed: what publish() writes at used_idx, after all others
     uint64_t deaf           # call_fd blocks: it is not written to any more
-    uint64_t padding[2]
+    uint16_t used_behind    # split: how far `base` contradicted used.idx when the ring started
+    uint16_t padding[7]
 
 cdef struct ControlSide:
     # Written by control while the ring is held.

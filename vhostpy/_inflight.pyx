@@ -182,7 +182,7 @@ cdef class InflightQueue:
         cdef uint16_t i, head
         for i, head in enumerate(self.taken_before):
             write_once_u16(self.tracker.again + AVAIL_ENTRIES + 2 * i, head)
-        self.tracker.again_next = 0
+        self.tracker.again_first = self.tracker.again_next = 0
         self.tracker.again_left = <uint32_t>len(self.taken_before)
 
     def put_again_packed(self):
@@ -196,5 +196,5 @@ cdef class InflightQueue:
                 left -= 1
                 packed_put_again(&self.tracker, slot, entry, left > 0)
                 slot += 1
-        self.tracker.again_next = 0x8000
+        self.tracker.again_first = self.tracker.again_next = 0x8000
         self.tracker.again_left = <uint32_t>len(self.taken_before)

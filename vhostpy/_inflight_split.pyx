@@ -104,4 +104,5 @@ cdef list split_recover(Tracker *tracker, Ring *ring):
     # What the killed one had taken is what it had given back and what is marked, whatever
     # a front-end remembers of a ring that it could not ask any more.
     ring.worker.last_avail = ring.worker.avail_idx = <uint16_t>(used_idx + len(found))
+    ring.worker.used_behind = 0
     return [id_ for _, id_ in found]

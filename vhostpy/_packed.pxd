@@ -15,8 +15,10 @@ cdef inline uint16_t available_flags(uint16_t position) noexcept nogil:
     return DescriptorFlag.DESC_AVAIL if position & WRAP else DescriptorFlag.DESC_USED
 
 
+# Steps are total: whatever `slots` says, a position of a ring ends in that ring.
+
 cdef inline uint16_t step(uint16_t position, uint32_t slots, uint32_t size) noexcept nogil:
-    cdef uint32_t index = (position & INDEX) + slots
+    cdef uint32_t index = (position & INDEX) + min(slots, size)
     if index < size:
         return <uint16_t>((position & WRAP) | index)
     return <uint16_t>((position & WRAP ^ WRAP) | (index - size))
@@ -33,6 +35,14 @@ cdef inline uint32_t packed_distance(uint16_t start, uint16_t end, uint32_t size
     if (start ^ end) & 0x8000:
         return slots + <int32_t>size
     return slots if slots >= 0 else slots + 2 * <int32_t>size
+
+
+cdef inline uint32_t packed_room(const Ring *ring) noexcept nogil:
+    """Slots that the driver may have filled anew: all but those of chains that were taken
+    and that it has not seen come back. None where its base was a lie."""
+    cdef uint32_t out = packed_distance(ring.worker.used_idx, ring.worker.last_avail,
+                                        ring.control.size)
+    return ring.control.size - min(out, ring.control.size)
 
 
 # The back-end's end. Held: `base` is the position of the next chain to take, and above it

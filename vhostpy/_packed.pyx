@@ -47,6 +47,7 @@ cdef inline uint16_t used_flags(uint16_t position) noexcept nogil:
 
 cdef inline uint16_t step_back(uint16_t position, uint32_t slots, uint32_t size) noexcept nogil:
     cdef uint32_t index = position & INDEX
+    slots = min(slots, size)
     if index >= slots:
         return <uint16_t>((position & WRAP) | (index - slots))
     return <uint16_t>((position & WRAP ^ WRAP) | (index + size - slots))
@@ -77,11 +78,12 @@ cdef void packed_start(Ring *ring, uint32_t base) noexcept nogil:
 
 
 cdef int packed_walk(Ring *ring, Walk *walk, Chain *chain, Descriptor descriptor,
-                     uint32_t index) noexcept nogil:
+                     uint32_t index, uint32_t room) noexcept nogil:
     """Follows a chain of any shape from its first descriptor, which has been read.
 
-    Returns 0, a ChainFault, WALK_STOP or WALK_BROKEN. A faulty chain is followed to its
-    end as well: only its last descriptor has the id, and the next chain starts behind it.
+    Returns 0, a ChainFault, WALK_STOP, or WALK_BROKEN where it passes `room` slots. A faulty
+    chain is followed to its end as well: only its last descriptor has the id, and the next
+    chain starts behind it.
     """
     cdef uint32_t size = ring.control.size
     cdef uint32_t slots = 1
@@ -100,7 +102,7 @@ cdef int packed_walk(Ring *ring, Walk *walk, Chain *chain, Descriptor descriptor
                 return WALK_STOP
         if not descriptor.flags & DescriptorFlag.DESC_NEXT:
             break
-        if slots == size:
+        if slots == room:
             return WALK_BROKEN
         slots += 1
         index += 1
@@ -113,6 +115,12 @@ cdef int packed_walk(Ring *ring, Walk *walk, Chain *chain, Descriptor descriptor
     return result
 
 
+cdef inline bint is_available(const Ring *ring, uint16_t position) noexcept nogil:
+    cdef uint64_t rest = load_acquire_u64(ring.control.desc
+                                          + DESCRIPTOR_SIZE * (position & INDEX) + 8)
+    return rest >> 48 & OWNER == available_flags(position)
+
+
 cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noexcept nogil:
     cdef const uint8_t *desc = ring.control.desc
     cdef uint32_t size = ring.control.size
@@ -121,6 +129,7 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
     cdef Segment *segment = scratch.segments + scratch.used
     cdef Segment *end = scratch.segments + scratch.limit
     cdef uint32_t lead = ring.control.lead
+    cdef uint32_t room = packed_room(ring)
     cdef Region region
     cdef int i = 0, got
     cdef uint64_t gpa, rest
@@ -129,6 +138,12 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
     cdef Walk walk
     if unlikely(ring.worker.broken):
         return RING_BROKEN
+    if unlikely(room == 0):
+        if not is_available(ring, ring.worker.last_avail):
+            return 0
+        break_ring(ring)             # a slot that it has not got back yet
+        return RING_BROKEN
+    limit = min(limit, <int>room)
     walk.steps = 0
     while True:
         # No call in this loop: all that it needs stays in registers.
@@ -159,7 +174,7 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
             break
         chain = &chains[i]
         walk_begin(&walk, ring, chain, <uint16_t>(rest >> 32), segment, scratch)
-        got = packed_walk(ring, &walk, chain, packed_descriptor(gpa, rest), index)
+        got = packed_walk(ring, &walk, chain, packed_descriptor(gpa, rest), index, room - i)
         if unlikely(got == WALK_BROKEN):
             break_ring(ring)
             break
@@ -168,6 +183,9 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
             break
         segment += got
         i += 1
+        # From here on `room` is one for each chain so far, and what is left for others.
+        room -= chain.slots - 1
+        limit = min(limit, <int>room)
         index += chain.slots
         if index >= size:
             index -= size
@@ -279,7 +297,6 @@ cdef void packed_disarm(Ring *ring) noexcept nogil:
 
 cdef bint packed_arm(Ring *ring) noexcept nogil:
     cdef uint16_t last = ring.worker.last_avail
-    cdef uint64_t rest
     if ring.worker.broken:
         return False
     ring.worker.kicks_wanted = 1
@@ -288,8 +305,7 @@ cdef bint packed_arm(Ring *ring) noexcept nogil:
     fence_full()
     if unlikely(ring.control.log_used):
         log_mark(ring.control.log, ring.used_log_gpa, EVENT_SIZE)
-    rest = load_acquire_u64(ring.control.desc + DESCRIPTOR_SIZE * (last & INDEX) + 8)
-    return <uint16_t>(rest >> 48) & OWNER == available_flags(last)
+    return is_available(ring, last)
 
 
 # ---------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ cdef class Virtqueue:
         cdef uint8_t *desc = ring.control.desc
         cdef uint8_t *avail = ring.control.avail
         cdef uint16_t last_avail = ring.worker.last_avail, avail_idx = ring.worker.avail_idx
+        cdef uint16_t used_idx = ring.worker.used_idx
         cdef uint16_t position = tracker.again_next
         cdef int count
         if ring.control.packed:
@@ -149,6 +150,7 @@ cdef class Virtqueue:
             ring.control.avail = tracker.again
         ring.worker.last_avail = position
         ring.worker.avail_idx = <uint16_t>(position + tracker.again_left)
+        ring.worker.used_idx = tracker.again_first
         count = self.pop_any(chains, limit, scratch)
         tracker.again_next = ring.worker.last_avail
         tracker.again_last = 1
@@ -158,6 +160,7 @@ cdef class Virtqueue:
                 packed_track_again(tracker, ring, position, chains, count)
         ring.control.desc, ring.control.avail = desc, avail
         ring.worker.last_avail, ring.worker.avail_idx = last_avail, avail_idx
+        ring.worker.used_idx = used_idx
         return count
 
     cdef bint has_again(self) noexcept nogil:

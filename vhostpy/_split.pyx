@@ -105,9 +105,13 @@ cdef int split_look(Ring *ring) noexcept nogil:
     # Pairs with the driver's release store of avail.idx.
     cdef uint16_t index = load_acquire_u16(ring.control.avail + RING_IDX)
     cdef uint16_t ready = <uint16_t>(index - ring.worker.last_avail)
+    cdef uint32_t out
     if ready == 0:
         return 0
-    if unlikely(ready > ring.control.size):
+    # Chains, each of which takes a descriptor or more: those that were taken and that the
+    # driver has not seen come back are none that it can offer.
+    out = <uint16_t>(ring.worker.last_avail - ring.worker.used_idx - ring.worker.used_behind)
+    if unlikely(out + ready > ring.control.size):
         break_ring(ring)
         return RING_BROKEN
     ring.worker.avail_idx = index
@@ -435,3 +439,7 @@ cdef void split_driver_start(DriverRing *ring, uint16_t base) noexcept nogil:
 cdef void split_start(Ring *ring, uint16_t base) noexcept nogil:
     ring.worker.last_avail = ring.worker.avail_idx = base
     ring.worker.used_next = ring.worker.used_idx = read_once_u16(ring.control.used + RING_IDX)
+    # Up to a ring's size these are another back-end's requests under way.
+    ring.worker.used_behind = <uint16_t>(base - ring.worker.used_idx)
+    if ring.worker.used_behind <= ring.control.size:
+        ring.worker.used_behind = 0

@@ -32,7 +32,8 @@ cdef struct Tracker:
     uint8_t *again
     uint16_t *again_entries  # packed: first entries, by the index of a chain's first slot
     uint32_t again_left     # chains
-    uint16_t again_next     # position in it
+    uint16_t again_first    # position in it of the first, and of the next
+    uint16_t again_next
     uint8_t again_last      # the last burst came from there
 
 
