@@ -31,7 +31,7 @@ from tests.rings import (
 )
 from vhostpy._inflight import InflightArea, region_bytes
 from vhostpy._spec import Feature
-from vhostpy.errors import GuestError
+from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.layout import sizes_of
 
 SIZE = 8
@@ -328,6 +328,39 @@ def test_a_ring_that_is_written_while_it_is_read_stays_where_it_is(layout):
 @each_layout
 def test_a_ring_that_is_written_while_it_is_read_for_minutes(layout, piece):
     churn(layout, 2, range(1000 * (piece + 1), 1000 * (piece + 1) + 75))
+
+
+@pytest.mark.parametrize("in_order", [False, True], ids=["any_order", "in_order"])
+@each_layout
+def test_a_driver_whose_device_writes_while_it_reads_gets_back_what_it_gave(layout, in_order):
+    """The other end trusts as little: a chain comes back once, and only while it is out."""
+    dice = random.Random(1)
+    came_back = refused = 0
+    rounds = 0
+    while rounds < 60 or (not (came_back and refused) and rounds < 2000):
+        rounds += 1
+        with Rings(layout, size=SIZE, in_order=in_order) as rings:
+            memory, out = rings.guest.memory, set()
+            if layout == "packed":
+                used = [word(8, dice.randrange(SIZE), AVAILABLE | IS_USED), word(8, 0, 0)]
+                words = [(memory, DESC + 16 * i + 8, *used) for i in range(SIZE)]
+            else:
+                used = [dice.randrange(3) << 16 | dice.randrange(4) << 32 for _ in range(2)]
+                words = [(memory, USED, *used), (memory, USED + 8, 0, dice.getrandbits(64))]
+            with Flipper(*words):
+                for _ in range(100):
+                    with contextlib.suppress(BufferError):
+                        out.add(rings.driver.add([(GOOD, 8)] * dice.randrange(1, 4), []))
+                    rings.driver.kick()
+                    try:
+                        ids = [id for id, _ in rings.driver.used()]
+                    except ProtocolError:
+                        refused += 1
+                        break
+                    assert len(set(ids)) == len(ids) and out.issuperset(ids)
+                    out.difference_update(ids)
+                    came_back += len(ids)
+    assert came_back and refused
 
 
 # Over sockets ------------------------------------------------------------------------------
