@@ -14,6 +14,7 @@ from posix.unistd cimport close
 
 from vhostpy._hw cimport atomic_add_i64, load_acquire_u32, store_release_u32, ticks, unlikely
 from vhostpy._ring cimport BURST, CHAIN_OK
+from vhostpy._timer cimport open_timer, set_timer
 from vhostpy.memory cimport GuestMemory, poison
 from vhostpy.backends._clear cimport clear_requests
 from vhostpy.backends._slot cimport (
@@ -22,7 +23,6 @@ from vhostpy.backends._slot cimport (
 )
 from vhostpy.backends.blkcounters cimport counters_of
 from vhostpy.backends.latency cimport count_latency, latency_bins
-from vhostpy.backends.limits cimport open_timer, set_timer
 from vhostpy.backends.storage._storage cimport Op
 
 import os

@@ -362,7 +362,7 @@ class Disk:
         self.workers.add(ring.queue, self._fds(ring.queue, ring.kick_fd), worker=home)
 
     def _fds(self, queue: DiskQueue, kick_fd: int) -> list[int]:
-        """What wakes it. Without a kick nobody would: it is polled for ever then."""
+        """What wakes it. Without a kick nobody would: it is looked at by the clock then."""
         completion_fd = queue.channel.completion_fd
         fds = [completion_fd] if completion_fd >= 0 else []
         if queue in self._hung:

@@ -29,8 +29,3 @@ cdef class Limits:
     # They passed.
     cdef int64_t wait_ns(self, int64_t now) noexcept nogil
     # Until something may pass; 0: now.
-
-cdef int open_timer() except -1
-# An fd that set_timer() makes readable; close() it.
-cdef void set_timer(int fd, int64_t wait_ns) noexcept nogil
-# In `wait_ns` > 0; instead of what was set before.

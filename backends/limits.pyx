@@ -1,23 +1,15 @@
 """How much a disk may do in a time: requests, and bytes that are read and written."""
 cimport cython
-from libc.errno cimport errno
 from libc.stdint cimport int32_t, int64_t
 from libc.string cimport memset
-from posix.time cimport itimerspec
 
 from vhostpy._hw cimport (
     atomic_add_i64, atomic_max_i64, read_once_u64, store_release_u32, ticks, ticks_per_us,
 )
 
-import os
 from dataclasses import dataclass
 
 from vhostpy.errors import ConfigError
-
-cdef extern from "<sys/timerfd.h>" nogil:
-    int timerfd_create(int clock, int flags)
-    int timerfd_settime(int fd, int flags, const itimerspec *new, itimerspec *old)
-    int TFD_CLOEXEC, TFD_NONBLOCK, CLOCK_MONOTONIC
 
 BURST_S = 0.1
 
@@ -130,20 +122,3 @@ cdef class Limits:
     def wait(self, now: int) -> int:
         """Nanoseconds until something may pass."""
         return self.wait_ns(now)
-
-
-# --- Waking a worker in time -----------------------------------------------------------------
-
-cdef int open_timer() except -1:
-    cdef int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
-    if fd < 0:
-        raise OSError(errno, os.strerror(errno))
-    return fd
-
-
-cdef void set_timer(int fd, int64_t wait_ns) noexcept nogil:
-    cdef itimerspec when
-    memset(&when, 0, sizeof(when))
-    when.it_value.tv_sec = wait_ns // 1_000_000_000
-    when.it_value.tv_nsec = wait_ns % 1_000_000_000
-    timerfd_settime(fd, 0, &when, NULL)

@@ -56,6 +56,7 @@ cdef class Pollable:
 cdef class Probe(Pollable):
     """A pollable that counts what is done to it, and can be told what to find."""
     cdef readonly uint64_t polls
+    cdef readonly uint64_t found    # of them, the last that found work
     cdef readonly uint64_t arms
     cdef readonly uint64_t disarms
     cdef uint64_t wanted        # written by the test
@@ -77,6 +78,7 @@ cdef class Probe(Pollable):
         if self.served == wanted:
             return 0
         turn.frames -= <int32_t>(wanted - self.served)
+        self.found = self.polls
         store_release_u64(&self.served, wanted)
         return 1
 

@@ -27,15 +27,20 @@ cdef class Worker:
     cdef uint32_t stopping
     cdef int epoll_fd
     cdef int wake_fd
+    cdef int timer_fd               # wakes it to look at what rests
     cdef bint may_sleep
     cdef uint64_t idle_ticks        # a pollable that found nothing for that long parks
     cdef uint64_t look_ticks        # between two looks at epoll while something is active
+    cdef uint64_t rest_ticks        # between two looks at what rests, at most,
+    cdef uint64_t long_ticks        # unless it has rested for that long
     cdef uint64_t turn_ticks        # a turn that takes longer is cut after the current poll
     # The worker's.
     cdef uint64_t epoch             # odd: in a turn; even: quiescent
     cdef Load load
     cdef Scratch scratch
     cdef int active_count           # of table.active
+    cdef int resting_count          # at its end
+    cdef uint64_t rested_until      # ticks() when they are looked at
     cdef int cursor                 # where a turn that was cut goes on
     cdef uint64_t found_at          # ticks() of the last turn that found work
     # When nothing was found for that long, those park that have work under way.
@@ -57,6 +62,9 @@ cdef class Worker:
     cdef int turn(self, Table *table) noexcept nogil
     cdef void learn_from_sleep(self) noexcept nogil
     cdef bint idles(self, Pollable pollable, uint64_t now, bint spun) noexcept nogil
+    cdef void rest(self, Table *table, int at, uint64_t now) noexcept nogil
+    cdef void look_at_resting(self, Table *table) noexcept nogil
+    cdef void set_alarm(self) noexcept nogil
     cdef void activate_all(self, Table *table) noexcept nogil
     cdef void activate(self, Table *table, uint64_t event) noexcept nogil
     cdef void wake(self) noexcept nogil

@@ -8,7 +8,8 @@ Three rules hold it together:
    every worker has been outside a turn: `Workers.wait()`.
 2. A pollable that finds nothing for a while *parks*: it asks for kicks and leaves the
    active set; its fds are watched by the worker's epoll. A kick says only 'look': it is
-   edge-triggered and never read, and a spurious one costs a poll.
+   edge-triggered and never read, and a spurious one costs a poll. One without fds *rests*
+   instead: it is looked at by the clock, the more seldom the longer it has had nothing.
 3. Whoever changes what a parked pollable would find says `nudge()`: all look again.
 """
 import os
@@ -34,6 +35,7 @@ from vhostpy._linux cimport (
     pthread_setname_np,
 )
 from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES
+from vhostpy._timer cimport open_timer, set_timer
 from vhostpy.notify cimport interrupt_thread, only_faults_and_interrupts
 
 from vhostpy.errors import ProtocolError
@@ -47,6 +49,11 @@ cdef extern from "<unistd.h>" nogil:
 cdef enum:
     EVENTS = 64                     # taken by one look at epoll
     LOOK_US = 50                    # a kick of a parked pollable waits at most that long
+    # Work of one that rests waits at most that long, and four times that where there was none
+    # for LONG_US: to be woken costs up to 18 us on a virtual machine, and idle is to cost
+    # less than a hundredth of a core.
+    REST_US = 1000
+    LONG_US = 100_000
     TURN_US = 200
     BUSY_PARK_US = 1000             # poll="busy" parks too, so that idle ports cost nothing
     SPIN_SHRINKS = 6                # by so many powers of two at most
@@ -57,7 +64,7 @@ cdef uint64_t WAKE = 0xffffffffffffffff     # epoll's data for the wake fd
 cdef struct Entry:
     void *pollable                  # borrowed from Worker.pollables; NULL: a free slot
     uint32_t serial                 # of this use of the slot: a late event does not match
-    uint32_t fds                    # 0: nobody would wake it, so it never parks
+    uint32_t fds                    # 0: nobody would wake it, so it rests and never parks
 
 cdef struct Table:
     # Immutable once published, but for `active`, which is the worker's.
@@ -65,7 +72,7 @@ cdef struct Table:
     uint32_t slots
     uint32_t members
     Entry *entries
-    uint32_t *active                # slots that are polled
+    uint32_t *active                # slots that are polled; from the end: those that rest
 
 cdef double rate = 0        # ticks a microsecond
 
@@ -99,14 +106,19 @@ cdef class Worker:
         # usual spin.
         self.spin = self.spin_limit = self.idle_ticks // 2
         self.look_ticks = <uint64_t>(LOOK_US * rate)
+        self.rest_ticks = <uint64_t>(REST_US * rate)
+        self.long_ticks = <uint64_t>(LONG_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)
+        self.epoll_fd = self.wake_fd = self.timer_fd = -1
         scratch_make(&self.scratch)
         self.table = self.new_table(0)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.epoll_fd < 0 or self.wake_fd < 0:
             raise OSError(errno, os.strerror(errno))
+        self.timer_fd = open_timer()
         self.watch_fd(self.wake_fd, WAKE)
+        self.watch_fd(self.timer_fd, WAKE)
 
     def __dealloc__(self):
         if self.table != NULL:      # else it was refused, and its fds are still 0
@@ -147,13 +159,17 @@ cdef class Worker:
                 for i in range(count):
                     self.activate(table, events[i].data.u64)
             count = 0
+            if self.resting_count > 0 and ticks() >= self.rested_until:
+                self.look_at_resting(table)
             found = self.turn(table) if self.active_count > 0 else 0
-            parked = <int>table.members - self.active_count
+            parked = <int>table.members - self.active_count - self.resting_count
             store_release_u64(&self.epoch, self.epoch + 1)
 
             if self.active_count == 0 and self.may_sleep:
                 # Whoever publishes or nudges writes to wake_fd behind it.
                 self.load.sleeps += 1
+                if self.resting_count > 0:
+                    self.set_alarm()
                 count = epoll_wait(self.epoll_fd, events, EVENTS, -1)
                 if self.slept_under_way:
                     self.learn_from_sleep()
@@ -202,7 +218,12 @@ cdef class Worker:
                 items += BUDGET_FRAMES - turn.frames
                 (<Pollable>entry.pollable).busy_at = after
                 i += 1
-            elif entry.fds > 0 and self.idles(<Pollable>entry.pollable, after, spun):
+            elif entry.fds == 0:
+                if self.may_sleep and after - (<Pollable>entry.pollable).busy_at >= self.idle_ticks:
+                    self.rest(table, i, after)
+                else:
+                    i += 1
+            elif self.idles(<Pollable>entry.pollable, after, spun):
                 if (<Pollable>entry.pollable).arm():
                     (<Pollable>entry.pollable).disarm()
                     (<Pollable>entry.pollable).busy_at = after
@@ -232,10 +253,37 @@ cdef class Worker:
         return (spun and pollable.under_way
                 or now - pollable.busy_at >= self.idle_ticks)
 
+    cdef void rest(self, Table *table, int at, uint64_t now) noexcept nogil:
+        """The active slot at `at` has had nothing for a while: for as long, within bounds, it
+        is not polled. All that rest are looked at together."""
+        cdef uint64_t idle = now - (<Pollable>table.entries[table.active[at]].pollable).busy_at
+        cdef uint64_t most = self.rest_ticks if idle < self.long_ticks else 4 * self.rest_ticks
+        cdef uint64_t until = now + min(max(idle, self.look_ticks), most)
+        cdef uint32_t slot = table.active[at]
+        self.active_count -= 1
+        table.active[at] = table.active[self.active_count]
+        if self.resting_count == 0 or until < self.rested_until:
+            self.rested_until = until
+        self.resting_count += 1
+        table.active[<int>table.slots - self.resting_count] = slot
+
+    cdef void look_at_resting(self, Table *table) noexcept nogil:
+        """They are active for a turn, and for longer if they find work: `busy_at` stays."""
+        cdef int i, first = <int>table.slots - self.resting_count
+        for i in range(self.resting_count):
+            table.active[self.active_count] = table.active[first + i]
+            self.active_count += 1
+        self.resting_count = 0
+
+    cdef void set_alarm(self) noexcept nogil:
+        cdef int64_t left = <int64_t>(self.rested_until - ticks())
+        set_timer(self.timer_fd, <int64_t>(max(left, 0) * 1000 / rate) + 1)
+
     cdef void activate_all(self, Table *table) noexcept nogil:
         cdef uint64_t now = ticks()
         cdef uint32_t slot
         self.active_count = 0
+        self.resting_count = 0
         self.cursor = 0
         for slot in range(table.slots):
             if table.entries[slot].pollable == NULL:
@@ -422,7 +470,9 @@ cdef class Worker:
             close(self.epoll_fd)
         if self.wake_fd >= 0:
             close(self.wake_fd)
-        self.epoll_fd = self.wake_fd = -1
+        if self.timer_fd >= 0:
+            close(self.timer_fd)
+        self.epoll_fd = self.wake_fd = self.timer_fd = -1
 
     cdef dict report(self):
         cdef Load load, shown

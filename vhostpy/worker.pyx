@@ -91,8 +91,8 @@ cdef class Workers:
     def add(self, Pollable pollable not None, fds=(), worker: int | None = None) -> int:
         """Polls it from now on, on the least loaded worker unless told; returns which.
 
-        `fds` become readable when a parked pollable must be polled again; with none it
-        never parks.
+        `fds` become readable when a parked pollable must be polled again; with none it is
+        looked at from time to time.
         """
         cdef Worker home
         cdef Table *old = NULL

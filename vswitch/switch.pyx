@@ -82,7 +82,7 @@ cdef class Switch:
     # Queues -------------------------------------------------------------------------
 
     def open_queue(self, Port port not None, int queue, int kick_fd=-1) -> Forwarder:
-        """Workers receive from that queue now; `kick_fd` wakes them, -1: they never sleep."""
+        """Workers receive from that queue now; `kick_fd` wakes them, -1: they look by the clock."""
         key = self.index_of(port), queue
         if key in self.forwarders:
             raise ValueError(f"{port.name}: queue {queue} is open already")

@@ -30,13 +30,13 @@ HEADER = 12
 class Station:
     """One guest on a port, with checked frames in and out."""
 
-    def __init__(self, path: str, number: int) -> None:
+    def __init__(self, path: str, number: int, *, poll: bool = False) -> None:
         self.mac, self.peer = mac(number), mac(number ^ 1)
         self.guest = FrontEnd(path)
         self.guest.negotiate(MODERN, EVERYTHING)
         self.guest.set_mem_table()
-        self.inward = self.guest.start_queue(0, 256)
-        self.outward = self.guest.start_queue(1, 256)
+        self.inward = self.guest.start_queue(0, 256, poll=poll)
+        self.outward = self.guest.start_queue(1, 256, poll=poll)
         self.places: dict[int, int] = {}
         self.slots = [self.guest.allocate(4096 + HEADER) for _ in range(32)]
         self.foreign = 0

@@ -63,10 +63,11 @@ def worker_cpu_s():
 # Who is polled -----------------------------------------------------------------------
 
 
-def test_work_is_found_without_a_kick_while_active():
-    with running(poll="busy") as workers:
+@pytest.mark.parametrize("poll", ["adaptive", "busy", "interrupt"])
+def test_work_is_found_without_a_kick(poll):
+    with running(poll=poll) as workers:
         probe = Probe()
-        workers.add(probe, [])  # nobody would wake it: it never parks
+        workers.add(probe, [])  # nobody would wake it
         for _ in range(100):
             probe.give()
             eventually(lambda: probe.idle)
@@ -120,7 +121,7 @@ def test_kicks_reach_only_their_pollable():
 
 
 def test_a_parked_one_wakes_while_another_is_busy():
-    with running() as workers, kick() as fd:
+    with running(poll="busy") as workers, kick() as fd:
         busy, parked = Probe(), Probe()
         workers.add(busy, [])
         workers.add(parked, [fd])
@@ -165,7 +166,7 @@ def test_a_watched_fd_wakes_until_it_is_unwatched():
 def test_a_thousand_parked_ones_cost_nothing_and_each_still_wakes():
     fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(1000)]
     try:
-        with running() as workers:
+        with running(poll="busy") as workers:
             probes = [Probe() for _ in fds]
             for probe, fd in zip(probes, fds, strict=True):
                 workers.add(probe, [fd])
@@ -301,8 +302,104 @@ def test_it_spins_less_where_that_never_meets_the_end_of_its_own_work(under_way)
     assert (max(polls[-3:]) < max(polls[:3]) / 4) == under_way
 
 
+def rests(workers, looks=3):
+    """Until a worker has slept so often without having found anything."""
+    (before,) = workers.loads()
+
+    def slept():
+        (load,) = workers.loads()
+        return load["sleeps"] >= before["sleeps"] + looks
+
+    eventually(slept)
+
+
+@pytest.mark.parametrize("poll", ["adaptive", "interrupt"])
+def test_without_kicks_idle_takes_less_than_a_hundredth_of_a_core(poll):
+    with running(poll=poll) as workers:
+        probe = Probe()
+        workers.add(probe, [])
+        rests(workers, 110)  # the first ones follow each other sooner
+        looks, since_s, used_s = probe.polls, time.monotonic(), worker_cpu_s()
+        rests(workers, 200)
+        looks, spent_s = probe.polls - looks, time.monotonic() - since_s
+        assert looks < 1.05 * spent_s / 0.004 + 3
+        assert worker_cpu_s() - used_s < 0.01 * spent_s
+
+
+@pytest.mark.parametrize("poll", ["adaptive", "interrupt"])
+def test_what_rests_has_its_work_found_by_the_next_look(poll):
+    with running(poll=poll) as workers:
+        probe, other = Probe(), Probe()
+        workers.add(probe, [])
+        workers.add(other, [])
+        for _ in range(20):
+            rests(workers)
+            seen = probe.polls
+            probe.give()
+            eventually(lambda: probe.idle)
+            # One look may have been under way.
+            assert probe.found <= seen + 2
+
+
+def test_looks_follow_each_other_soon_after_work_was_found():
+    """At 50 us, twice that, and so on, up to 1 ms; and to 4 ms when it has rested for long."""
+    with running(poll="interrupt") as workers:
+        probe = Probe()
+        workers.add(probe, [])
+        sooner = 0
+        for _ in range(100):
+            rests(workers, 6)
+            probe.give()
+            eventually(lambda: probe.idle)
+            since_s = time.monotonic()
+            before = probe.found
+            eventually(lambda before=before: probe.polls >= before + 4)
+            sooner += time.monotonic() - since_s < 0.003
+        assert sooner > 10, "four looks at the longest rest would have taken 16 ms"
+
+
+def test_busy_workers_poll_what_gives_no_kicks_all_the_time():
+    with running(poll="busy") as workers:
+        probe = Probe()
+        workers.add(probe, [])
+        eventually(lambda: probe.polls > 100_000)
+        assert workers.loads()[0]["sleeps"] == 0
+
+
+def test_what_rests_is_looked_at_while_another_is_busy_and_no_more_once_removed():
+    with running() as workers, kick() as fd:
+        resting, busy = Probe(), Probe()
+        workers.add(resting, [])
+        workers.add(busy, [fd])
+        rests(workers)
+
+        def look(wanted):
+            """As often, while the other one is kept busy."""
+            before = resting.polls
+
+            def done():
+                busy.give()
+                os.eventfd_write(fd, 1)
+                return resting.polls >= before + wanted
+
+            eventually(done)
+
+        look(10)
+        resting.give()
+        look(2)
+        assert resting.idle
+        workers.remove(resting)
+        polls = resting.polls
+        for _ in range(50):
+            eventually(lambda: busy.is_parked)
+            busy.give()
+            os.eventfd_write(fd, 1)
+            eventually(lambda: busy.idle)
+        assert resting.polls == polls
+
+
 def test_loads_count_only_polls_that_found_work():
-    with running() as workers:
+    with running(poll="busy") as workers:
         probe = Probe()
         workers.add(probe)
         workers.loads()
