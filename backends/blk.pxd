@@ -41,6 +41,7 @@ cdef class DiskQueue(Pollable):
     cdef Latency *latency
     cdef uint64_t now               # ticks() of the last completion
     cdef bint told_broken
+    cdef uint32_t first_fault       # ChainFault of the first chain that was answered for it
     cdef int32_t first_error        # negative errno of the first I/O error
     cdef int32_t first_error_op
     cdef uint64_t first_error_offset
@@ -50,7 +51,8 @@ cdef class DiskQueue(Pollable):
     cdef int take_limited(self, Turn *turn) noexcept nogil
     cdef bint sleeps_for_limits(self) noexcept nogil
     cdef int take(self, Turn *turn) noexcept nogil
-    cdef void begin(self, Chain *chain, Turn *turn) noexcept nogil
+    cdef bint begin(self, Chain *chain, Turn *turn) noexcept nogil
+    cdef bint fail(self, const Chain *chain) noexcept nogil
     cdef uint8_t begin_transfer(self, Slot *slot, Segment *data, int count, uint64_t size,
                                 uint64_t sector, int op) noexcept nogil
     cdef uint8_t begin_clear(self, Slot *slot, Segment *data, int count, uint64_t size,

@@ -4,6 +4,9 @@ A chain becomes a Slot: what must be known after the chain's segments are gone (
 in the worker's scratch for one burst). Order of completion is free. Everything that a
 guest wrote is copied once, checked, and only the copy is used.
 
+No chain goes back without an answer: its driver would read what was in its status byte
+before. Where that byte cannot be found, the chain stays the driver's and its ring is broken.
+
 Source: virtio 1.3, "Block Device / Device Operation".
 """
 cimport cython
@@ -27,7 +30,9 @@ from vhostpy.backends.storage._storage cimport Op
 
 import os
 
+from vhostpy._ring import ChainFault
 from vhostpy.backends.storage import _storage
+from vhostpy.names import fault_name
 
 cdef enum:
     SLOTS_MAX = 1024        # under way at a time; a slot may grow to 6 KiB
@@ -51,6 +56,7 @@ cdef class DiskQueue(Pollable):
         memset(self.serial, 0, SERIAL_BYTES)
         for i in range(<uint32_t>len(serial)):
             self.serial[i] = serial[i]
+        virtqueue.set_ends_in_status()
         self.virtqueue = virtqueue
         self.storage = storage
         self.workers = workers
@@ -175,7 +181,11 @@ cdef class DiskQueue(Pollable):
                     count = i
                     cut = True
                     break
-                self.begin(&chains[i], turn)
+                if unlikely(not self.begin(&chains[i], turn)):
+                    self.virtqueue.refuse(&chains[i], count - i)
+                    count = i
+                    cut = True
+                    break
             total += count
             if self.started:
                 # Before the storage sees them.
@@ -186,10 +196,10 @@ cdef class DiskQueue(Pollable):
                 break
         return total
 
-    cdef void begin(self, Chain *chain, Turn *turn) noexcept nogil:
-        """A chain: answered at once, or a slot that the storage works on."""
+    cdef bint begin(self, Chain *chain, Turn *turn) noexcept nogil:
+        """A chain: answered at once, or a slot that the storage works on. False: nobody can."""
         cdef uint64_t header[2]
-        cdef uint32_t kind, written = 1, none = 0
+        cdef uint32_t kind, written = 1
         cdef uint64_t size
         cdef Segment *last
         cdef Segment *data
@@ -200,12 +210,7 @@ cdef class DiskQueue(Pollable):
         cdef Slot *slot
         turn.frames -= 1
         if unlikely(chain.fault != CHAIN_OK or chain.writable == 0):
-            if chain.fault != CHAIN_OK:
-                self.counts.chain_faults[chain.fault & 7] += 1
-            else:
-                self.counts.bad_chains += 1
-            self.virtqueue.push(chain, &none, 1)
-            return
+            return self.fail(chain)
         # The status is the last writable byte, wherever the driver cuts its pieces.
         last = &chain.segments[chain.readable + chain.writable - 1]
         last.length -= 1
@@ -216,7 +221,7 @@ cdef class DiskQueue(Pollable):
         if unlikely(chain.readable_bytes < HEADER):
             self.counts.bad_requests += 1
             self.answer(chain, status, status_gpa, S_IOERR, 1)
-            return
+            return True
         used = gather(chain.segments, chain.readable, header, HEADER)
         kind = <uint32_t>header[0]
         slot = &self.slots[self.free_slots[self.free_count - 1]]
@@ -271,12 +276,28 @@ cdef class DiskQueue(Pollable):
             self.free_count -= 1
             slot.memory = <void *>self.virtqueue.memory
             self.started += 1
-            return
+            return True
         if value == S_IOERR:
             self.counts.bad_requests += 1
         elif value == S_UNSUPP:
             self.counts.unsupported += 1
         self.answer(chain, status, status_gpa, value, written)
+        return True
+
+    cdef bint fail(self, const Chain *chain) noexcept nogil:
+        """Answers a chain that nobody can use; False: not even that."""
+        if chain.fault == CHAIN_OK:
+            self.counts.bad_chains += 1
+            return False
+        self.counts.chain_faults[chain.fault & 7] += 1
+        if not chain.has_status:
+            return False
+        if self.first_fault == CHAIN_OK:
+            self.first_fault = chain.fault
+            if self.workers is not None:
+                self.workers.attention()
+        self.answer(chain, chain.segments.hva, chain.segments.gpa, S_IOERR, 1)
+        return True
 
     cdef uint8_t begin_transfer(self, Slot *slot, Segment *data, int count, uint64_t size,
                                 uint64_t sector, int op) noexcept nogil:
@@ -547,6 +568,11 @@ cdef class DiskQueue(Pollable):
             return None
         op = _storage.Op(self.first_error_op).name.lower()
         return f"{op} at byte {self.first_error_offset}: {os.strerror(-self.first_error)}"
+
+    @property
+    def fault(self) -> str | None:
+        """What was wrong with the first chain that was answered for nothing else."""
+        return fault_name(ChainFault(self.first_fault)) if self.first_fault else None
 
     def counters(self) -> dict:
         """What happened so far; stable names."""

@@ -14,8 +14,8 @@ cdef struct BlkCounters:
     uint64_t io_errors         # the storage said no
     uint64_t bad_requests      # the guest's request made no sense: IOERR
     uint64_t unsupported       # unknown or not offered: UNSUPP
-    uint64_t bad_chains        # no status byte could be found
-    uint64_t chain_faults[8]
+    uint64_t bad_chains        # nothing of it is writable, so no status byte: the ring is broken
+    uint64_t chain_faults[8]   # IOERR; where the status byte was not found, the ring is broken
 
 cdef dict counters_of(const BlkCounters *counts)
 # By stable names, while the worker goes on counting.

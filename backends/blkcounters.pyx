@@ -2,6 +2,7 @@
 from vhostpy._hw cimport read_once_u64
 
 from vhostpy._ring import ChainFault
+from vhostpy.names import fault_name
 
 
 cdef dict counters_of(const BlkCounters *counts):
@@ -20,8 +21,7 @@ cdef dict counters_of(const BlkCounters *counts):
         "unsupported": read_once_u64(&counts.unsupported),
         "bad_chains": read_once_u64(&counts.bad_chains),
         "chain_faults": {
-            fault.name.removeprefix("CHAIN_").lower(): counts.chain_faults[int(fault)]
-            for fault in FAULTS
+            fault_name(fault): counts.chain_faults[int(fault)] for fault in FAULTS
         },
     }
 

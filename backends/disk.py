@@ -17,7 +17,7 @@ from vhostpy.backends.blk import SEG_MAX, DiskQueue
 from vhostpy.backends.latency import add_bins, summary
 from vhostpy.backends.limits import Limits, Settings
 from vhostpy.backends.storage._storage import Storage
-from vhostpy.errors import ConfigError, GuestError, ProtocolError, Refused
+from vhostpy.errors import SHARE_ALL, ConfigError, GuestError, ProtocolError, Refused
 from vhostpy.worker import Workers
 
 log = logging.getLogger("vhostpy")
@@ -94,6 +94,7 @@ class Disk:
         self._limits = Limits()
         self._hung: list[DiskQueue] = []
         self._error_told = False
+        self._fault_told = False
 
     # What it is ----------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class Disk:
         past = self._past.get(index)
         self._past[index] = _sum(past, ring.queue.counters()) if past else ring.queue.counters()
         add_bins(self._past_latency, ring.queue.latency_bins())
-        self._tell_error(ring.queue)
+        self._tell(ring.queue)
         if ring.queue.inflight:
             # They end when the storage answers; until then it is polled, for that alone.
             ring.queue.abandon()
@@ -311,9 +312,9 @@ class Disk:
     # Looks at it -----------------------------------------------------------------------
 
     def attend(self) -> None:
-        """A worker wanted attention: says the first I/O error, once."""
+        """A worker wanted attention: says the first I/O error and the first fault, once."""
         for ring in self._rings.values():
-            self._tell_error(ring.queue)
+            self._tell(ring.queue)
 
     def status(self) -> dict[str, Any]:
         self.attend()
@@ -380,7 +381,16 @@ class Disk:
         for ring in self._rings.values():
             ring.queue.set_write_through(self._write_through)
 
-    def _tell_error(self, queue: DiskQueue) -> None:
+    def _tell(self, queue: DiskQueue) -> None:
+        if queue.fault is not None and not self._fault_told:
+            self._fault_told = True
+            log.warning(
+                "%s: a request that cannot be done (%s) is answered with an error (further ones "
+                "are only counted)\n  next: %s",
+                self.name,
+                queue.fault,
+                SHARE_ALL if queue.fault == "unmapped" else "see what the guest's driver does",
+            )
         if queue.error is not None and not self._error_told:
             self._error_told = True
             log.error(

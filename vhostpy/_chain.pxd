@@ -27,8 +27,8 @@ cdef enum:
     # chain is not taken.
     WALK_STOP = -1
 
-# Why a chain is unusable; such a chain comes out of pop() with no segments, so that
-# its owner gives it back, unused and in order, and counts it under this name.
+# Why a chain is unusable; such a chain comes out of pop() with no segments (but see
+# `has_status`). Its owner counts it under this name, and gives it back unused or refuses it.
 cpdef enum ChainFault:
     CHAIN_OK = 0
     CHAIN_BAD_INDEX = 1          # head or next beyond the queue's size
@@ -50,6 +50,7 @@ cdef struct Chain:
     uint32_t writable_bytes
     uint32_t fault         # ChainFault
     uint16_t entry         # packed, where chains outlive us: the first one of its record
+    uint16_t has_status    # of a faulty one: its last writable byte is segments[0]
 
 cdef extern from *:
     """
@@ -92,6 +93,9 @@ cdef struct Walk:
     uint64_t readable_bytes
     uint64_t writable_bytes
     uint32_t steps         # descriptors looked at, by this pop()
+    int fault              # of a chain that is followed on, to its status byte
+    uint64_t status_gpa    # of that: the last byte of its last writable descriptor so far
+    bint has_status
 
 
 cdef inline Descriptor split_descriptor(uint64_t gpa, uint64_t rest) noexcept nogil:
@@ -167,22 +171,32 @@ cdef inline void walk_begin(Walk *walk, Ring *ring, Chain *chain, uint16_t id, S
     walk.count = walk.readable = 0
     walk.writing = False
     walk.readable_bytes = walk.writable_bytes = 0
+    walk.fault = CHAIN_OK
 
+
+cdef int walk_fault(Walk *walk, Descriptor piece, int fault) noexcept nogil
+# This buffer cannot be used. Returns the fault; 0 where a status byte ends the ring's chains,
+# which is looked for behind it.
+cdef void walk_past(Walk *walk, Descriptor piece) noexcept nogil
+# A buffer behind that.
 
 cdef inline int walk_piece(Walk *walk, Descriptor piece) noexcept nogil:
     """Adds one buffer to the chain. Returns 0, a ChainFault or WALK_STOP."""
     cdef Segment *out = walk.out + walk.count
     cdef uint8_t *hva
     cdef int got
+    if unlikely(walk.fault):
+        walk_past(walk, piece)
+        return 0
     if piece.length == 0:
-        return CHAIN_ZERO_LENGTH
+        return walk_fault(walk, piece, CHAIN_ZERO_LENGTH)
     if piece.flags & DescriptorFlag.DESC_WRITE:
         if not walk.writing:
             walk.writing = True
             walk.readable = walk.count
         walk.writable_bytes += piece.length
     elif walk.writing:
-        return CHAIN_BAD_ORDER
+        return walk_fault(walk, piece, CHAIN_BAD_ORDER)
     else:
         walk.readable_bytes += piece.length
     hva = translate_whole(walk.ring.control.map, piece.gpa, piece.length,
@@ -197,9 +211,9 @@ cdef inline int walk_piece(Walk *walk, Descriptor piece) noexcept nogil:
                     walk.room - walk.count, &walk.ring.worker.hint)
     if got <= 0:
         if got == TRANSLATE_FAULT:
-            return CHAIN_UNMAPPED
+            return walk_fault(walk, piece, CHAIN_UNMAPPED)
         if got == TRANSLATE_FULL and walk.whole_scratch:
-            return CHAIN_TOO_MANY_SEGMENTS
+            return walk_fault(walk, piece, CHAIN_TOO_MANY_SEGMENTS)
         return WALK_STOP
     walk.count += got
     return 0
@@ -209,20 +223,17 @@ cdef int walk_table(Walk *walk, Descriptor descriptor, bint linked) noexcept nog
 # Adds the buffers of an indirect table, by which a chain ends: by their `next` where they
 # are `linked` (split), else one after the other (packed). 0, a ChainFault or WALK_STOP.
 
+cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil
+# walk_end() of a chain that nobody can use.
+
 cdef inline int walk_end(Walk *walk, int result, Chain *chain) noexcept nogil:
     """Makes the chain of what was walked, with this result; its segments, or WALK_STOP.
 
-    0 segments: its fault is set, and nothing of it can be used.
+    Of a faulty chain `fault` is set, and it has none; but the one of its status byte, where
+    the ring's chains have one, its end was found, and that byte is there.
     """
-    if result == 0 and (walk.readable_bytes + walk.writable_bytes) >> 32:
-        result = CHAIN_TOO_LONG      # "longer than 2^32 bytes in total"
-    if result:
-        chain.readable = chain.writable = 0
-        chain.readable_bytes = chain.writable_bytes = 0
-        if result == WALK_STOP:
-            return WALK_STOP
-        chain.fault = result
-        return 0
+    if unlikely(result or walk.fault or (walk.readable_bytes + walk.writable_bytes) >> 32):
+        return walk_failed(walk, result, chain)
     if not walk.writing:
         walk.readable = walk.count
     chain.readable = walk.readable

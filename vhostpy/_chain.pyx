@@ -1,4 +1,4 @@
-"""Chains that end in an indirect table; and scratches.
+"""Chains that end in an indirect table, or are faulty; and scratches.
 
 Source: virtio 1.3, "Indirect Descriptors" (split), "Indirect Flag: Scatter-Gather
 Support" (packed).
@@ -85,3 +85,48 @@ cdef int walk_table(Walk *walk, Descriptor descriptor, bint linked) noexcept nog
         if index >= entries:
             return CHAIN_BAD_INDEX
     return CHAIN_TOO_LONG if linked else 0
+
+
+cdef void walk_past(Walk *walk, Descriptor piece) noexcept nogil:
+    cdef uint64_t last = piece.gpa + piece.length - 1
+    if piece.flags & DescriptorFlag.DESC_WRITE:
+        walk.status_gpa = last
+        # An empty one has no last byte, and the byte before may be of data.
+        walk.has_status = piece.length > 0 and last >= piece.gpa
+
+
+cdef int walk_fault(Walk *walk, Descriptor piece, int fault) noexcept nogil:
+    cdef const Segment *last = walk.out + walk.count - 1
+    if not walk.ring.control.ends_in_status:
+        return fault
+    walk.fault = fault
+    walk.has_status = walk.writing and walk.count > walk.readable
+    if walk.has_status:
+        walk.status_gpa = last.gpa + last.length - 1
+    walk_past(walk, piece)
+    return 0
+
+
+cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil:
+    cdef Descriptor none
+    cdef int got
+    chain.readable = chain.writable = 0
+    chain.readable_bytes = chain.writable_bytes = 0
+    chain.has_status = 0
+    if result == WALK_STOP:
+        return WALK_STOP
+    if result == 0 and walk.fault == CHAIN_OK:
+        # "longer than 2^32 bytes in total"
+        none.gpa = none.length = none.flags = none.next = 0
+        result = walk_fault(walk, none, CHAIN_TOO_LONG)
+    chain.fault = walk.fault if walk.fault else result
+    if result or not walk.has_status:
+        return 0            # its end was not reached, or no byte of it can be a status
+    got = translate(walk.ring.control.map, walk.status_gpa, 1, walk.out, walk.room,
+                    &walk.ring.worker.hint)
+    if got == TRANSLATE_FAULT:
+        return 0
+    if got <= 0:
+        return WALK_STOP
+    chain.has_status = 1
+    return 1

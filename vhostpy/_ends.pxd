@@ -10,6 +10,10 @@ cdef enum:
     # Where guest memory was written, until the dirty log is marked.
     LOGGED_RANGES = 128
 
+    # Why a ring is broken.
+    BROKEN_INDEXES = 1
+    BROKEN_CHAIN = 16       # and the ChainFault, if any, of a chain that could not be answered
+
 # A position in a split ring is an index that runs freely; in a packed ring, and in all that
 # names one, the index in bits 0-14 and its wrap counter in bit 15.
 
@@ -24,7 +28,7 @@ cdef struct WorkerSide:
     uint8_t kicks_wanted
     uint32_t hint           # for translate()
     uint32_t logged         # ranges collected
-    uint32_t broken
+    uint32_t broken         # why, or 0
     uint64_t calls          # written to call_fd
     uint64_t first          # packed: what publish() writes at used_idx, after all others
     uint64_t deaf           # call_fd blocks: it is not written to any more
@@ -47,7 +51,8 @@ cdef struct ControlSide:
     uint8_t indirect
     uint8_t log_used        # what we write to the ring is logged, at the addresses below
     uint8_t lead            # of each chain: not read by the device, so prefetch what follows
-    uint8_t unused[6]
+    uint8_t ends_in_status  # a chain's last writable byte says how it went, and must
+    uint8_t unused[5]
 
 cdef struct LoggedRange:
     uint64_t gpa
@@ -100,6 +105,8 @@ cdef void log_collect(Ring *ring, uint64_t gpa, uint64_t length) noexcept nogil
 cdef void call_driver(Ring *ring) noexcept nogil
 cdef void break_ring(Ring *ring) noexcept nogil
 # What the driver says of its ring makes no sense: nothing more is taken from it.
+cdef void break_ring_for(Ring *ring, uint32_t why) noexcept nogil
+# The same, for another reason.
 
 
 cdef struct Returned:

@@ -41,5 +41,9 @@ cdef void call_driver(Ring *ring) noexcept nogil:
 
 
 cdef void break_ring(Ring *ring) noexcept nogil:
-    ring.worker.broken = 1
+    break_ring_for(ring, BROKEN_INDEXES)
+
+
+cdef void break_ring_for(Ring *ring, uint32_t why) noexcept nogil:
+    ring.worker.broken = why
     ask_for_a_look()

@@ -48,6 +48,11 @@ cdef class Virtqueue:
     cdef uint32_t size(self) noexcept nogil
     cdef void set_lead(self, uint8_t length) noexcept nogil
     # The first bytes of a chain that its owner does not read: pop() prefetches what follows.
+    cdef void set_ends_in_status(self) noexcept nogil
+    # Its chains' last writable byte says how it went: pop() finds that of a faulty one too.
+    cdef void refuse(self, const Chain *chains, int count) noexcept nogil
+    # rewind(); and as the first of them cannot be answered, nothing more is taken: whoever
+    # comes next begins with it.
     cdef bint arm(self) noexcept nogil
     # Asks the driver for kicks; True when chains are already there (do not sleep).
     cdef void disarm(self) noexcept nogil

@@ -12,7 +12,9 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 
 from vhostpy._chain cimport scratch_free, scratch_make
-from vhostpy._ends cimport WorkerSide, break_ring, call_driver, log_collect, log_flush
+from vhostpy._ends cimport (
+    BROKEN_CHAIN, WorkerSide, break_ring, break_ring_for, call_driver, log_collect, log_flush,
+)
 from vhostpy._hw cimport aligned_alloc, load_acquire_u32, store_release_u32, unlikely
 from vhostpy._inflight_packed cimport (
     packed_track_again, packed_track_published, packed_track_publishing, packed_track_rewind,
@@ -164,7 +166,8 @@ cdef class Virtqueue:
         return count
 
     cdef bint has_again(self) noexcept nogil:
-        return self.tracker != NULL and self.tracker.again_left > 0
+        return (self.tracker != NULL and self.tracker.again_left > 0
+                and not self.ring.worker.broken)
 
     cdef void rewind(self, const Chain *chains, int count) noexcept nogil:
         cdef WorkerSide *worker = &self.ring.worker
@@ -190,6 +193,11 @@ cdef class Virtqueue:
             packed_rewind(self.ring, chains, count)
         else:
             self.ring.worker.last_avail = <uint16_t>(self.ring.worker.last_avail - count)
+
+    cdef void refuse(self, const Chain *chains, int count) noexcept nogil:
+        cdef uint32_t why = BROKEN_CHAIN + chains[0].fault
+        self.rewind(chains, count)
+        break_ring_for(self.ring, why)
 
     cdef void push(self, const Chain *chains, const uint32_t *written, int count) noexcept nogil:
         cdef int i
@@ -242,6 +250,9 @@ cdef class Virtqueue:
 
     cdef void set_lead(self, uint8_t length) noexcept nogil:
         self.ring.control.lead = length
+
+    cdef void set_ends_in_status(self) noexcept nogil:
+        self.ring.control.ends_in_status = 1
 
     cdef bint arm(self) noexcept nogil:
         if self.has_again():
@@ -299,8 +310,15 @@ cdef class Virtqueue:
 
     @property
     def broken(self) -> bool:
-        """The driver's indexes made no sense; so it stays until `base` is set."""
+        """Nothing more is taken from it; so it stays until `base` is set."""
         return self.ring.worker.broken != 0
+
+    @property
+    def unanswerable(self):
+        """What is wrong with the chain that broke it, which its next life begins with;
+        CHAIN_OK: nothing but that no byte of it can be written. None: no chain did."""
+        cdef uint32_t why = self.ring.worker.broken
+        return ChainFault(why - BROKEN_CHAIN) if why >= BROKEN_CHAIN else None
 
     @property
     def deaf(self) -> bool:
@@ -318,9 +336,15 @@ cdef class Virtqueue:
         return self.ring.worker.calls
 
     def remap(self, GuestMemory memory not None) -> None:
-        """The same ring in a new generation of guest memory."""
+        """The same ring in a new generation of guest memory.
+
+        If it was broken by a chain outside the old one, that is tried once more: QEMU takes a
+        region out and puts it back, while the guest runs.
+        """
         self._want_held()
         self._place(memory, self.uvas)
+        if self.unanswerable == CHAIN_UNMAPPED:
+            self.ring.worker.broken = 0
 
     def set_addresses(self, *, desc_uva: int, avail_uva: int, used_uva: int) -> None:
         """A new place for the ring's three parts; indexes go on."""
@@ -360,8 +384,8 @@ cdef class Virtqueue:
 
     @property
     def again(self) -> int:
-        """Chains that were under way at a kill and have not been taken again."""
-        return self.tracker.again_left if self.tracker != NULL else 0
+        """Chains that were under way at a kill and will yet be taken again."""
+        return self.tracker.again_left if self.has_again() else 0
 
     def set_call(self, int fd) -> None:
         """A new fd to call the driver by, or -1. It is signalled once: a call may have

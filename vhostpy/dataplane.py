@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from vhostpy import effects as e
 from vhostpy._inflight import InflightArea
-from vhostpy._ring import Virtqueue
+from vhostpy._ring import ChainFault, Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
-from vhostpy.errors import SHARE_ON, GuestError, ProtocolError
+from vhostpy.errors import SHARE_ALL, SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
 from vhostpy.mapping import Mapping
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.names import fault_name
 from vhostpy.notify import signal_once
 from vhostpy.payloads import MemoryRegion
 from vhostpy.protocol import BackEndRequest, encode
@@ -33,6 +34,8 @@ log = logging.getLogger("vhostpy")
 # How long a ring may take to finish its requests before its session ends instead. QEMU's
 # main loop waits for the answer meanwhile.
 DRAIN_DEADLINE_S = 5.0
+# What helps a ring that is broken.
+RESET = "reset the device: reboot the guest, or bind its driver anew"
 
 
 @dataclass(slots=True)
@@ -40,7 +43,6 @@ class RunningRing:
     """A started ring."""
 
     virtqueue: Virtqueue
-    reported_broken: bool = False
 
 
 class DataPlane:
@@ -98,8 +100,10 @@ class DataPlane:
             case e.SetRingAddresses(index):
                 self._set_addresses(index)
             case e.SetRingBase(index):
+                state = self.session.rings[index]
                 with self._held([index]) as virtqueues:
-                    virtqueues[0].base = self.session.rings[index].base
+                    virtqueues[0].base = state.base
+                state.broken = ""
             case e.SetBackendChannel(fd):
                 _close(self.backend_channel)
                 self.backend_channel = fd
@@ -137,17 +141,13 @@ class DataPlane:
                     f"{self.device.name}: ring {index}: its call fd blocks us",
                     "the front-end must leave the eventfds that it sends non-blocking",
                 )
-            if ring.virtqueue.broken and not ring.reported_broken:
-                ring.reported_broken = True
-                log.warning(
-                    "%s: ring %d: the driver's indexes make no sense; the ring is ignored until "
-                    "it is reset",
-                    self.device.name,
-                    index,
-                )
-                err = self.session.rings[index].err
-                if err is not None:
-                    signal_once(err.fileno())
+            state = self.session.rings[index]
+            if ring.virtqueue.broken and not state.broken:
+                why, hint = _why_broken(ring.virtqueue)
+                state.broken = f"{why}; {hint}"
+                log.warning("%s: ring %d: %s\n  next: %s", self.device.name, index, why, hint)
+                if state.err is not None:
+                    signal_once(state.err.fileno())
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped until it has ended."""
@@ -218,6 +218,9 @@ class DataPlane:
         with self._held(self.rings) as virtqueues:
             for virtqueue in virtqueues:
                 virtqueue.remap(memory)
+            for index, ring in self.rings.items():
+                if not ring.virtqueue.broken:
+                    self.session.rings[index].broken = ""
         self._retire(self.memory)
         self.memory = memory
 
@@ -330,6 +333,7 @@ class DataPlane:
                 virtqueue.again,
             )
         self.rings[index] = RunningRing(virtqueue)
+        state.broken = ""
         self.device.ring_enabled(index, state.enabled)
         virtqueue.set_live(True)
         self.workers.nudge()
@@ -380,6 +384,21 @@ class DataPlane:
                 desc_uva=state.desc_uva, avail_uva=state.avail_uva, used_uva=state.used_uva
             )
             virtqueues[0].set_log(*self._log_of(index))
+
+
+def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
+    """Why nothing is taken from a ring any more, and what helps."""
+    fault = virtqueue.unanswerable
+    if fault is None:
+        return "the driver's indexes make no sense; the ring is ignored until it is reset", RESET
+    if fault == ChainFault.CHAIN_OK:
+        why = "no piece of it is writable"
+    elif fault == ChainFault.CHAIN_UNMAPPED:
+        why = "its status byte or a table of it is not in shared memory"
+    else:
+        why = f"its descriptors are faulty ({fault_name(fault)})"
+    hint = f"{SHARE_ALL}; then {RESET}" if fault == ChainFault.CHAIN_UNMAPPED else RESET
+    return f"a request cannot be answered: {why}; nothing is taken behind it", hint
 
 
 def _map(region: MemoryRegion, fd: OwnedFd) -> RegionInfo:

@@ -2,6 +2,8 @@
 
 # The hint for all that comes of guest memory which is not shared.
 SHARE_ON = "give QEMU -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
+# The same where some memory is shared, and some is not.
+SHARE_ALL = "give share=on to every memory backend of the guest, those of pc-dimm devices too"
 
 
 class VhostpyError(Exception):

@@ -30,6 +30,7 @@ def describe(session: SessionState) -> dict[str, Any]:
                 "size": ring.num,
                 "base": session.base_of(ring),
                 "poll": ring.poll,
+                "broken": ring.broken,
                 "waits_for": "" if ring.started else session.missing(ring),
             }
             for ring in session.rings
@@ -44,17 +45,22 @@ def _progress(session: SessionState) -> tuple[str, str]:
         return "ended", ""
     if not session.messages:
         return "connected", "waiting for the first message"
-    running = [ring for ring in session.rings if ring.started]
-    pending = [
+    started = [ring for ring in session.rings if ring.started]
+    running = [ring for ring in started if not ring.broken]
+    broken = [ring for ring in started if ring.broken]
+    pending = [f"ring {ring.index}: {ring.broken}" for ring in broken]
+    pending += [
         f"ring {ring.index}: waits for {session.missing(ring)}"
         for ring in session.rings
         if ring.touched and not ring.started
     ]
-    if running:
+    if started:
         disabled = [ring.index for ring in running if not ring.enabled]
         if disabled:
             pending.append(f"rings {listed(disabled)}: wait for SET_VRING_ENABLE")
-        return f"ready: rings {listed(ring.index for ring in running)} run", "; ".join(pending)
+        where = [f"ready: rings {listed(ring.index for ring in running)} run"] if running else []
+        where += [f"rings {listed(ring.index for ring in broken)} are broken"] if broken else []
+        return ", ".join(where), "; ".join(pending)
     if session.features is None:
         return "negotiating", "waiting for SET_FEATURES"
     if not session.regions:

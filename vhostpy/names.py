@@ -1,6 +1,7 @@
-"""Names of feature bits and rings, for `status` and for error texts."""
+"""Names of feature bits, chain faults and rings, for `status` and for error texts."""
 
 from collections.abc import Iterable
+from enum import IntFlag
 
 from vhostpy._spec import Feature, ProtocolFeature
 
@@ -20,6 +21,11 @@ def feature_names(mask: int, kind: str) -> list[str]:
 def protocol_feature_names(mask: int) -> list[str]:
     """Names of vhost-user's protocol features."""
     return _names(mask, {int(bit): name for name, bit in ProtocolFeature.__members__.items()})
+
+
+def fault_name(fault: IntFlag) -> str:
+    """A ChainFault's name, as counters have it."""
+    return (fault.name or "").removeprefix("CHAIN_").lower()
 
 
 def listed(indexes: Iterable[int]) -> str:

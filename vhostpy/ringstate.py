@@ -83,6 +83,7 @@ class Ring:
     call: OwnedFd | None = None
     err: OwnedFd | None = None
     stop_reason: StopReason | None = None
+    broken: str = ""  # while it runs: why nothing is taken from it, and what helps
 
     @property
     def started(self) -> bool:

@@ -87,6 +87,15 @@ class Attacker:
         base = first_base(self.end.features) if base is None else base
         self.end.announce(self.queue, base=base)
 
+    def start_empty(self, base: int) -> None:
+        """Starts the ring again, without the chains that were in it."""
+        if self.packed:
+            self.memory.write(DESC, bytes(16 * self.ring.size))
+            self.ring.restart(base)
+        else:
+            self.ring.put_u16(AVAIL + 2, base)
+        self.start(base)
+
     def __enter__(self) -> Self:
         return self
 

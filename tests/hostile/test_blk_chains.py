@@ -63,7 +63,8 @@ class Asked:
     readable_cuts: list[int] = field(default_factory=list)
     writable_cuts: list[int] = field(default_factory=list)
     indirect: bool = False
-    spoilt: str = ""  # its last piece: "empty" or "unmapped"
+    spoilt: str = ""  # a piece more, before the status: "empty" or "unmapped"
+    spoilt_at: int = 0  # of so many, from the end
 
 
 sectors = st.one_of(
@@ -102,7 +103,8 @@ bodies = st.one_of(
     # A type and data that do not belong together, or are too many.
     st.builds(
         lambda t, s, n, f, m: (header(t, s) + payload(n, f), m),
-        st.sampled_from([IN, OUT, FLUSH, GET_ID]), sectors, sizes, fills, sizes,
+        st.sampled_from([IN, OUT, FLUSH, GET_ID]),
+        sectors, sizes, fills, sizes.map(lambda n: n + 1),
     ),
     st.builds(
         lambda t, data, m: (header(t, 0) + data, m + 1),
@@ -114,7 +116,7 @@ bodies = st.one_of(
         lambda t, n: (header(t, 0), n + 1),
         st.sampled_from([2, 3, 5, 9, 12, 15, 16, 0x80000000, 0xFFFFFFFF]), st.integers(0, 600),
     ),
-    st.builds(lambda n, m: (header(OUT, 0)[:n], m), st.integers(0, 15), st.integers(0, 600)),
+    st.builds(lambda n, m: (header(OUT, 0)[:n], m), st.integers(0, 15), st.integers(1, 600)),
 )  # fmt: skip
 cuts = st.one_of(
     st.just([16]),
@@ -137,6 +139,7 @@ def requests(draw):
         asked.indirect = True
     asked.writable_cuts = [*asked.writable_cuts, *(writable + at for at in draw(status_cuts))]
     asked.spoilt = draw(st.sampled_from([""] * 12 + ["empty", "unmapped"]))
+    asked.spoilt_at = draw(st.integers(1, 20))
     return asked
 
 
@@ -153,7 +156,7 @@ def pieces_of(gpa, length, at):
 
 @dataclass
 class Answer:
-    status: int | None  # None: there was no place for one
+    status: int
     length: int
     data: bytes = b""  # what the writable part starts with
     changed: range = range(0)  # sectors
@@ -181,7 +184,7 @@ def parts_of(asked):
 
 def touched(asked):
     """Sectors that a request may read or change: two that share some are not sent together."""
-    if asked.spoilt or asked.writable == 0 or len(asked.readable) < 16:
+    if asked.spoilt or len(asked.readable) < 16:
         return set()
     type_, _, sector = struct.unpack_from("<IIQ", asked.readable)
     if type_ in CLEARS:
@@ -195,9 +198,7 @@ def touched(asked):
 
 def answer(model, asked, can_erase):
     """What the disk must do, done to the model."""
-    if asked.spoilt or asked.writable == 0:
-        return Answer(None, 0)
-    if len(asked.readable) < 16:
+    if asked.spoilt or len(asked.readable) < 16:
         return REFUSED
     type_, _, sector = struct.unpack_from("<IIQ", asked.readable)
     space = asked.writable - 1
@@ -239,9 +240,11 @@ class Sent:
         self.gpa = guest.put(GUARD + bytes([UNTOUCHED]) * asked.writable + GUARD)
         readable = pieces_of(out, len(asked.readable), asked.readable_cuts)
         writable = pieces_of(self.gpa + len(GUARD), asked.writable, asked.writable_cuts)
-        if asked.spoilt or not readable + writable:
+        if asked.spoilt:
             bad = (GPA, 0) if asked.spoilt == "empty" else (GPA - 4096, 64)
-            writable.append(bad)
+            at = max(len(readable) + len(writable) - asked.spoilt_at, 0)
+            part, at = (readable, at) if at <= len(readable) else (writable, at - len(readable))
+            part.insert(at, bad)
         table = None
         if asked.indirect:
             table = guest.allocate(16 * len(readable + writable), 16)
@@ -261,9 +264,8 @@ class Sent:
         length, written = found[0]
         space = self.asked.writable
         wanted = bytearray(bytes([UNTOUCHED]) * space)
-        if expected.status is not None:
-            wanted[: len(expected.data)] = expected.data
-            wanted[-1] = expected.status
+        wanted[: len(expected.data)] = expected.data
+        wanted[-1] = expected.status
         assert written == GUARD + wanted + GUARD
         assert length == expected.length
 

@@ -124,10 +124,9 @@ each_bad_chain = pytest.mark.parametrize(
 )
 
 
-@each_device
 @each_bad_chain
-def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, layout, fault, offer):
-    name, index = QUEUES[kind]
+def test_bad_frame_comes_back_and_is_counted_by_name(place, layout, fault, offer):
+    name, index = QUEUES["net"]
     with place.unnoticed(), Attacker(place.path(name), index, kind=layout) as attacker:
         before = place.victim.counters(name)
         for _ in range(4):
@@ -135,11 +134,32 @@ def test_bad_chain_comes_back_and_is_counted_by_name(place, kind, layout, fault,
                 offer(attacker.ring, 0)
             attacker.kick()
             assert attacker.comes_back(10) == [(0, 0)] * 10
-        proves_itself(attacker, kind)
+        proves_itself(attacker, "net")
         after = place.victim.counters(name)
         assert after[f"chain_faults.{fault}"] == before[f"chain_faults.{fault}"] + 40
-        if kind == "net":
-            assert after["drops.bad_chain"] == before["drops.bad_chain"] + 40
+        assert after["drops.bad_chain"] == before["drops.bad_chain"] + 40
+
+
+@each_bad_chain
+def test_bad_request_is_an_error_or_breaks_its_ring_and_is_counted_by_name(
+    place, layout, fault, offer
+):
+    name, index = QUEUES["blk"]
+    with place.unnoticed(), Attacker(place.path(name), index, kind=layout) as attacker:
+        before = place.victim.counters(name)
+        for _ in range(4):
+            for _ in range(10):
+                offer(attacker.ring, 0)
+            attacker.kick()
+            if fault == "bad_order":  # the only one with a place for its status
+                assert attacker.comes_back(10) == [(0, 1)] * 10
+            else:
+                assert attacker.queue.wait_err()
+                attacker.start_empty(attacker.end.stop_queue(index))
+        proves_itself(attacker, "blk")
+        after = place.victim.counters(name)
+        count = 40 if fault == "bad_order" else 4
+        assert after[f"chain_faults.{fault}"] == before[f"chain_faults.{fault}"] + count
 
 
 @each_bad_chain
@@ -250,13 +270,16 @@ def test_bad_request_gets_its_status_and_touches_nothing(
 
 
 @each_layout
-def test_requests_without_a_status_or_a_header_come_back(place, layout):
+def test_requests_without_a_header_come_back_and_one_without_a_status_breaks_its_ring(
+    place, layout
+):
     with place.unnoticed(), Attacker(place.path("badram"), kind=layout) as attacker:
         before = place.victim.counters("badram")
-        attacker.offer_chain((GOOD, 16), id=0)  # no status
         attacker.offer_chain((GOOD, 15), (STATUS, 1, WRITE), id=1)  # a header too short
         attacker.offer_chain((STATUS, 1, WRITE), id=3)  # none at all
-        assert attacker.comes_back(3) == [(0, 0), (1, 1), (3, 1)]
+        attacker.offer_chain((GOOD, 16), id=0)  # no status
+        assert attacker.comes_back(2) == [(1, 1), (3, 1)]
+        assert attacker.queue.wait_err()
         after = place.victim.counters("badram")
         assert after["bad_chains"] == before["bad_chains"] + 1
         assert after["bad_requests"] == before["bad_requests"] + 2
@@ -286,9 +309,7 @@ def test_index_that_jumps_breaks_its_ring_and_raises_the_error_event(place, kind
         assert attacker.queue.wait_err()
         place.innocent.goes_on()
         # It lives again, started anew at the same place.
-        base = attacker.end.stop_queue(index)
-        attacker.ring.put_u16(AVAIL + 2, base)
-        attacker.start(base)
+        attacker.start_empty(attacker.end.stop_queue(index))
         proves_itself(attacker, kind)
 
 
@@ -301,10 +322,7 @@ def test_chain_without_an_end_breaks_its_packed_ring_and_raises_the_error_event(
         assert attacker.queue.wait_err()
         place.innocent.goes_on()
         # It lives again, started anew at the same place.
-        base = attacker.end.stop_queue(index)
-        attacker.memory.write(DESC, bytes(16 * SIZE))
-        attacker.ring.restart(base)
-        attacker.start(base)
+        attacker.start_empty(attacker.end.stop_queue(index))
         proves_itself(attacker, kind)
 
 

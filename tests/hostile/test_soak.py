@@ -76,6 +76,8 @@ class Chaos:
                     break
 
     def step(self, attacker: Attacker) -> None:
+        if attacker.queue.wait_err(0):
+            self.start_again(attacker)  # what breaks a ring leaves nothing to attack
         for _ in range(self.dice.randrange(1, 10)):
             self.scribble(attacker)
         self.change(attacker)
@@ -115,17 +117,20 @@ class Chaos:
             ring.put_u16(USED + 2, dice.randrange(65536))
             ring.put_u16(AVAIL, dice.randrange(2))
         elif roll < 0.10:
-            base = attacker.end.stop_queue(self.index)
-            for at in () if attacker.packed else (AVAIL + 2, USED + 2):
-                ring.put_u16(at, base)
-            ring.restart(base)
-            attacker.start(base)
+            self.start_again(attacker)
         elif roll < 0.12:
             region = dice.choice(attacker.end.shared.regions)
             attacker.end.rem_mem_reg(region)
             attacker.end.add_mem_reg(region)
         elif roll < 0.14:
             attacker.end.enable(self.index, bool(dice.randrange(2)))
+
+    def start_again(self, attacker: Attacker) -> None:
+        base = attacker.end.stop_queue(self.index)
+        for at in () if attacker.packed else (AVAIL + 2, USED + 2):
+            attacker.ring.put_u16(at, base)
+        attacker.ring.restart(base)
+        attacker.start(base)
 
     def offer_split(self, attacker: Attacker, count: int) -> None:
         before = attacker.ring.used_idx

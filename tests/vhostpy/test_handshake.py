@@ -65,6 +65,7 @@ def test_status_has_the_facts(talk):
             "size": 256,
             "base": 0,
             "poll": False,
+            "broken": "",
             "waits_for": "",
         }
     ]
