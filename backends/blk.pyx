@@ -164,11 +164,12 @@ cdef class DiskQueue(Pollable):
         cdef Chain chains[BURST]
         cdef int count, i, total = 0
         cdef bint cut = False
-        while (turn.frames > 0 and turn.bytes > 0 and self.free_count > 0
+        while (turn.frames > 0 and turn.bytes > 0 and turn.steps > 0 and self.free_count > 0
                and self.first == NULL and not cut):
-            turn.scratch.used = 0       # the burst before is in its slots
+            turn.scratch.used = turn.scratch.steps = 0      # the burst before is in its slots
             count = min(BURST, <int>self.free_count)
             count = self.virtqueue.pop(chains, min(count, turn.frames), turn.scratch)
+            turn.steps -= <int32_t>turn.scratch.steps
             if count <= 0:
                 # RING_BROKEN: control looks at Virtqueue.broken.
                 if count < 0 and not self.told_broken and self.workers is not None:

@@ -4,6 +4,7 @@ Queue pair i is virtqueues 2i (the guest receives) and 2i + 1 (the guest transmi
 """
 cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from vhostpy._pollable cimport Turn
 from vhostpy._port cimport Frame, Port
 from vhostpy._ring cimport Chain, Scratch, Virtqueue
 from vhostpy.memory cimport Segment
@@ -23,7 +24,6 @@ cdef class NetPort(Port):
     cdef uint8_t route[PAIRS_MAX]    # their numbers
     cdef readonly int header_size    # 12, or 10 for a legacy guest without MRG_RXBUF
     cdef readonly bint mergeable
-    cdef bint shared                 # several workers can reach a receive queue: lock it
 
     cdef void show(self, Pair *pair) noexcept nogil
     cdef int receiving_pair(self, int queue) noexcept nogil
@@ -32,6 +32,7 @@ cdef class NetPort(Port):
     cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil
     cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil
     cdef void give_up(self, Pair *pair, int count) noexcept nogil
+    cdef void count_fault(self, Pair *pair, Chain *chain) noexcept nogil
     cdef int nothing_more(self, Pair *pair, int count) noexcept nogil
     cdef int pop_more(self, Pair *pair, int wanted, int chains) noexcept nogil
     cdef int choose_receivers(self) except -1

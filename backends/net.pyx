@@ -9,13 +9,14 @@ Guests' memory changes under our hands: what is decided upon was read once, into
 `Frame.head`, and it is that copy which the receiver gets. The rest is copied unseen.
 """
 cimport cython
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from vhostpy._chain cimport is_one_writable, scratch_free, scratch_make
-from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, read_once_u32,
+from vhostpy._hw cimport (aligned_alloc, atomic_add_i64, likely, load_acquire_ptr, read_once_u32,
                           spin_lock, spin_unlock, store_release_ptr, unlikely, write_once_u32)
+from vhostpy._pollable cimport BUDGET_STEPS, Turn
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
 from vhostpy._ring cimport BURST, Chain, ChainFault, Scratch, Virtqueue
@@ -33,9 +34,16 @@ cdef enum:
     # Receive buffers that one transmit() may use: enough for the longest frame in
     # buffers of 64 bytes. A guest with smaller ones gets no long frames.
     WINDOW = 1024
-    # So many unusable buffers in one transmit(), and it takes no more: each of them may
-    # have cost thousands of descriptors (a loop), and the sender's turn is bounded.
-    FAULTY_MAX = 4
+    # Pieces of the buffers that one transmit() takes: a burst of the longest frames in pages
+    # of 2 KiB. What a chain may cost a sender.
+    PIECES = 36 * BURST
+    # Of unusable buffers: so many descriptors in one transmit(), and it takes no more. Their
+    # sender has done nothing.
+    FAULTY_MAX = 256
+    # An unusable buffer of more descriptors than that is nobody's mistake. After so many of
+    # them the ring is broken.
+    COSTLY = 64
+    COSTLY_MAX = 16
     # Results of collect(), besides a count of chains.
     FULL = 0
     REFUSED = -1           # - reason, of Drop
@@ -55,10 +63,11 @@ cdef struct Pair:
     uint32_t lock
     int have               # chains popped for this transmit()
     int next               # of them, used or given up
-    int faulty             # of them, chains that nobody can use
+    int faulty             # descriptors of chains that nobody can use, in it
     Scratch scratch
     uint32_t logging
-    uint32_t padding2[7]
+    int costly             # unusable chains that are COSTLY, since it was wired
+    uint32_t padding2[4]
     QueueCounters received
     uint32_t written[WINDOW]
     Chain chains[WINDOW]
@@ -147,13 +156,12 @@ cdef inline void write_whole(uint8_t *to, const Frame *frame, uint32_t header_si
 cdef class NetPort(Port):
     """A virtio-net device as a port of a switch. `wire` and its like are control's."""
 
-    def __cinit__(self, name, int pairs=4, bint shared=True):
+    def __cinit__(self, name, int pairs=4):
         cdef size_t size = pairs * sizeof(Pair)
         if not 1 <= pairs <= PAIRS_MAX:
             raise ValueError(f"{pairs} queue pairs are not in 1..{PAIRS_MAX}")
         self.name = name
         self.pair_limit = pairs
-        self.shared = shared
         self.virtqueues = [None] * (2 * pairs)
         self.pairs = <Pair *>aligned_alloc(64, size)
         if self.pairs == NULL:
@@ -163,6 +171,7 @@ cdef class NetPort(Port):
             memset(&self.pairs[i], 0, sizeof(Pair) - sizeof(self.pairs[i].chains))
         for i in range(pairs):
             scratch_make(&self.pairs[i].scratch)
+            self.pairs[i].scratch.limit = PIECES
         self.negotiated(<uint64_t>1 << Feature.VERSION_1)
 
     def __dealloc__(self):
@@ -260,12 +269,12 @@ cdef class NetPort(Port):
 
     # To the guest -------------------------------------------------------------------
 
-    cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil:
+    cdef int transmit(self, int queue, Frame **frames, int count, Turn *turn) noexcept nogil:
         cdef int index = self.receiving_pair(queue)
         cdef Pair *pair = &self.pairs[max(index, 0)]
         cdef void *rx
         cdef int taken = count
-        if self.shared:
+        if turn.shared:
             spin_lock(&pair.lock)
         rx = load_acquire_ptr(&pair.rx)
         if unlikely(index < 0 or rx == NULL or not pair.rx_enabled
@@ -273,7 +282,8 @@ cdef class NetPort(Port):
             pair.received.drops[<int>Drop.DROP_RECEIVER_DOWN] += count
         else:
             taken = self.fill(pair, frames, count)
-        if self.shared:
+            turn.steps -= <int32_t>pair.scratch.steps
+        if turn.shared:
             spin_unlock(&pair.lock)
         return taken
 
@@ -288,7 +298,7 @@ cdef class NetPort(Port):
         """Places frames until the buffers run out; returns how many are done with."""
         cdef int done = 0
         pair.have = pair.next = pair.faulty = 0
-        pair.scratch.used = 0
+        pair.scratch.used = pair.scratch.steps = 0
         pair.logging = (<Virtqueue>pair.rx).logging()
         while done < count:
             done += self.place_whole(pair, frames + done, count - done)
@@ -379,10 +389,7 @@ cdef class NetPort(Port):
             if unlikely(chain.writable == 0):
                 # A frame's buffers have to be neighbours: those before it are lost too.
                 self.give_up(pair, count + 1)
-                if chain.fault == ChainFault.CHAIN_OK:
-                    chain.fault = ChainFault.CHAIN_BAD_ORDER     # readable ones only
-                pair.received.chain_faults[chain.fault] += 1
-                pair.faulty += 1
+                self.count_fault(pair, chain)
                 count = 0
                 room = 0
                 continue
@@ -394,6 +401,19 @@ cdef class NetPort(Port):
             if not self.mergeable or room < <uint64_t>self.header_size:
                 self.give_up(pair, 1)
                 return REFUSED - Drop.DROP_BUFFER_TOO_SMALL
+
+    cdef void count_fault(self, Pair *pair, Chain *chain) noexcept nogil:
+        """A buffer that nobody can use: its owner hears of it, and pays for it."""
+        cdef int cost = chain.walked
+        if chain.fault == ChainFault.CHAIN_OK:
+            chain.fault = ChainFault.CHAIN_BAD_ORDER     # readable ones only
+            cost = chain.readable
+        pair.received.chain_faults[chain.fault] += 1
+        pair.faulty += max(cost, 1)
+        if cost > COSTLY:
+            pair.costly += 1
+            if pair.costly == COSTLY_MAX:
+                (<Virtqueue>pair.rx).condemn()
 
     cdef int nothing_more(self, Pair *pair, int count) noexcept nogil:
         """FULL, unless these are all that there can ever be: not worth a wait then."""
@@ -427,11 +447,8 @@ cdef class NetPort(Port):
             self.pairs[queue].sent.drops[reason] += count
             return
         pair = &self.pairs[max(self.receiving_pair(queue), 0)]
-        if self.shared:
-            spin_lock(&pair.lock)
-        pair.received.drops[reason] += count
-        if self.shared:
-            spin_unlock(&pair.lock)
+        # Without the lock: nobody else counts this reason.
+        atomic_add_i64(<int64_t *>&pair.received.drops[reason], count)
 
     def counters(self) -> list[dict]:
         """One dictionary for each queue pair."""
@@ -454,6 +471,8 @@ cdef class NetPort(Port):
         virtqueue.set_lead(self.header_size)
         if index & 1:
             pair.held = 0
+        else:
+            pair.costly = 0
         store_release_ptr(&pair.tx if index & 1 else &pair.rx, <void *>virtqueue)
         self.choose_receivers()
 
@@ -526,6 +545,7 @@ cdef class NetPort(Port):
         cdef Frame *pointers[BURST]
         cdef Segment *segments
         cdef bytes piece
+        cdef Turn turn
         cdef int count, i, used = 0, number = queue
         frames = [[f] if isinstance(f, bytes) else list(f) for f in frames]
         if len(frames) > BURST or not 0 <= queue < PAIRS_MAX:
@@ -535,6 +555,8 @@ cdef class NetPort(Port):
             raise MemoryError("segments")
         try:
             memset(burst, 0, sizeof(burst))
+            memset(&turn, 0, sizeof(turn))
+            turn.steps = BUDGET_STEPS
             for i, pieces in enumerate(frames):
                 pointers[i] = &burst[i]
                 burst[i].segments = &segments[used]
@@ -547,7 +569,7 @@ cdef class NetPort(Port):
                 gather(burst[i].head, burst[i].segments, min(burst[i].length, <uint32_t>SNAPSHOT))
             count = len(frames)
             with nogil:
-                count = self.transmit(number, pointers, count)
+                count = self.transmit(number, pointers, count, &turn)
             return count
         finally:
             free(segments)

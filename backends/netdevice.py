@@ -61,8 +61,7 @@ class NetDevice:
         self.mtu: int | None = None
         self.negotiated_features = 0
         self.connected = False
-        # With one worker nobody else reaches a receive queue at the same time.
-        self.port = NetPort(name, pairs, shared=len(self.workers.workers) > 1)
+        self.port = NetPort(name, pairs)
         switch.attach(self.port)
         self._started: set[int] = set()
 

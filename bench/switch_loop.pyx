@@ -11,7 +11,7 @@ from vhostpy._hw cimport ticks
 from vhostpy._ring cimport BURST, DriverVirtqueue, Scratch, UsedEntry
 from vhostpy.memory cimport Segment
 from vhostpy.vswitch.forwarder cimport Forwarder
-from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Turn
+from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Turn
 
 
 cdef void around(DriverVirtqueue driver, const Segment *pieces, bint writable) noexcept nogil:
@@ -45,6 +45,7 @@ def run(Forwarder forwarder not None, DriverVirtqueue sender not None,
                 around(receiver, rooms, True)
                 around(sender, &pieces[i % sets * BURST], False)
                 turn.frames, turn.bytes = BUDGET_FRAMES, BUDGET_BYTES
+                turn.steps = BUDGET_STEPS
                 turn.now = ticks()
                 forwarder.poll(&turn)
                 spent[i] = ticks() - turn.now

@@ -51,6 +51,7 @@ cdef struct Chain:
     uint32_t fault         # ChainFault
     uint16_t entry         # packed, where chains outlive us: the first one of its record
     uint16_t has_status    # of a faulty one: its last writable byte is segments[0]
+    uint16_t walked        # of one with a fault: descriptors looked at, 65,535 at most
 
 cdef extern from *:
     """
@@ -66,6 +67,7 @@ cdef struct Scratch:
     Segment *segments
     uint32_t used
     uint32_t limit
+    uint32_t steps         # descriptors that pop() walked since it was set to 0
 
 cdef int scratch_make(Scratch *scratch) except -1
 cdef void scratch_free(Scratch *scratch) noexcept nogil
@@ -96,6 +98,7 @@ cdef struct Walk:
     int fault              # of a chain that is followed on, to its status byte
     uint64_t status_gpa    # of that: the last byte of its last writable descriptor so far
     bint has_status
+    uint32_t begun         # of them, when this chain began
 
 
 cdef inline Descriptor split_descriptor(uint64_t gpa, uint64_t rest) noexcept nogil:
@@ -169,6 +172,7 @@ cdef inline void walk_begin(Walk *walk, Ring *ring, Chain *chain, uint16_t id, S
     walk.room = <int>(scratch.segments + scratch.limit - out)
     walk.whole_scratch = out == scratch.segments
     walk.count = walk.readable = 0
+    walk.begun = walk.steps
     walk.writing = False
     walk.readable_bytes = walk.writable_bytes = 0
     walk.fault = CHAIN_OK

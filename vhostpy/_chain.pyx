@@ -15,6 +15,7 @@ cdef enum:
 
 cdef int scratch_make(Scratch *scratch) except -1:
     scratch.used, scratch.limit = 0, SCRATCH_SEGMENTS
+    scratch.steps = 0
     scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
     if scratch.segments == NULL:
         raise MemoryError
@@ -120,6 +121,7 @@ cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil:
         none.gpa = none.length = none.flags = none.next = 0
         result = walk_fault(walk, none, CHAIN_TOO_LONG)
     chain.fault = walk.fault if walk.fault else result
+    chain.walked = <uint16_t>min(walk.steps - walk.begun, <uint32_t>0xffff)
     if result or not walk.has_status:
         return 0            # its end was not reached, or no byte of it can be a status
     got = translate(walk.ring.control.map, walk.status_gpa, 1, walk.out, walk.room,

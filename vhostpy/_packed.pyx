@@ -192,6 +192,7 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
             available ^= OWNER
         if unlikely(walk.steps >= STEPS_MAX):
             break
+    scratch.steps += walk.steps
     if i == 0:
         return RING_BROKEN if ring.worker.broken else 0
     ring.worker.last_avail = <uint16_t>(

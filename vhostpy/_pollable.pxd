@@ -7,14 +7,18 @@ cdef enum:
     # that: a turn that spends it all stays well below 200 us.
     BUDGET_FRAMES = 256
     BUDGET_BYTES = 524288
+    # As many as one pop() walks: some 50 us, most of it cache misses.
+    BUDGET_STEPS = 4096
 
 cdef struct Turn:
     # What one poll may use. A poll stops at the first budget that reaches zero and
     # leaves the rest for its next turn, so that no turn takes longer than about 200 us.
-    Scratch *scratch       # the poll resets `used` to 0 when it starts
+    Scratch *scratch       # the poll resets `used` and `steps` to 0 when it starts
     uint64_t now           # ticks() when the poll started
     int32_t frames         # output frames (copies of a flood count each) or requests
     int64_t bytes          # output bytes
+    int32_t steps          # descriptors of chains that had to be walked
+    bint shared            # other workers reach the same ports: lock them
     int worker             # index of the worker
 
 cdef class Pollable:

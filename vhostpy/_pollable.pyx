@@ -44,6 +44,8 @@ cdef class Pollable:
         turn.now = ticks()
         turn.frames = BUDGET_FRAMES
         turn.bytes = BUDGET_BYTES
+        turn.steps = BUDGET_STEPS
+        turn.shared = False
         turn.worker = 0
         with nogil:
             found = self.poll(&turn)

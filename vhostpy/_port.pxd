@@ -5,6 +5,7 @@ switch knows ports only by this interface; ports do not know the switch.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy.memory cimport Segment
+from vhostpy._pollable cimport Turn
 from vhostpy._ring cimport Scratch
 
 cdef enum:
@@ -73,11 +74,12 @@ cdef class Port:
     cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil
     # Control's, of a queue that no worker has any more: the oldest `count` frames, which
     # were put back, are done with.
-    cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil
+    cdef int transmit(self, int queue, Frame **frames, int count, Turn *turn) noexcept nogil
     # Gives frames to the guest's receive queue `queue` (modulo the enabled pairs), in
     # order; copies; keeps nothing. Returns how many were taken (delivered, or dropped
     # for a reason other than fullness and counted by the port): less than `count` means
-    # that the receiver is full.
+    # that the receiver is full. Charges `turn.steps`; frames and bytes are the caller's to
+    # charge.
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil
     cdef bint arm(self, int queue) noexcept nogil
     # Asks the sender for kicks on `queue`; True: frames are there already, do not sleep.

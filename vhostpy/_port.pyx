@@ -1,4 +1,5 @@
 """The base class of ports; see `_port.pxd` for the contract."""
+from vhostpy._pollable cimport Turn
 from vhostpy._ring cimport Scratch
 
 
@@ -23,7 +24,7 @@ cdef class Port:
     cdef void skip(self, int queue, int count, Scratch *scratch) noexcept nogil:
         pass
 
-    cdef int transmit(self, int queue, Frame **frames, int count) noexcept nogil:
+    cdef int transmit(self, int queue, Frame **frames, int count, Turn *turn) noexcept nogil:
         return count
 
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:

@@ -57,6 +57,8 @@ cdef class Virtqueue:
     # Asks the driver for kicks; True when chains are already there (do not sleep).
     cdef void disarm(self) noexcept nogil
     cdef readonly int64_t inflight                     # popped and not yet pushed
+    cdef void condemn(self) noexcept nogil
+    # Its driver costs others too much: the ring is broken, as one whose indexes jumped.
     cdef bint has_again(self) noexcept nogil
     # There are chains that a killed back-end had: pop() returns them first.
 

@@ -165,6 +165,9 @@ cdef class Virtqueue:
         ring.worker.used_idx = used_idx
         return count
 
+    cdef void condemn(self) noexcept nogil:
+        break_ring(self.ring)
+
     cdef bint has_again(self) noexcept nogil:
         return (self.tracker != NULL and self.tracker.again_left > 0
                 and not self.ring.worker.broken)

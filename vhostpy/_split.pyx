@@ -185,6 +185,7 @@ cdef int split_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noexc
         if walk.steps >= STEPS_MAX:
             break
     ring.worker.last_avail = <uint16_t>(last + i)
+    scratch.steps += walk.steps
     scratch.used = <uint32_t>(segment - scratch.segments)
     if unlikely(ring.worker.broken) and i == 0:
         return RING_BROKEN

@@ -29,6 +29,7 @@ cdef class Worker:
     cdef int wake_fd
     cdef int timer_fd               # wakes it to look at what rests
     cdef bint may_sleep
+    cdef bint shared                # there are others: what several reach is locked
     cdef uint64_t idle_ticks        # a pollable that found nothing for that long parks
     cdef uint64_t look_ticks        # between two looks at epoll while something is active
     cdef uint64_t rest_ticks        # between two looks at what rests, at most,

@@ -34,7 +34,7 @@ from vhostpy._linux cimport (
     EPOLL_CTL_MOD, epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, pthread_self,
     pthread_setname_np,
 )
-from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES
+from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS
 from vhostpy._timer cimport open_timer, set_timer
 from vhostpy.notify cimport interrupt_thread, only_faults_and_interrupts
 
@@ -205,11 +205,13 @@ cdef class Worker:
         cdef bint spun = self.may_sleep and start - self.found_at >= self.spin
         turn.scratch = &self.scratch
         turn.worker = self.index
+        turn.shared = self.shared
         while i < self.active_count:
             entry = &table.entries[table.active[i]]
             turn.now = before
             turn.frames = BUDGET_FRAMES
             turn.bytes = BUDGET_BYTES
+            turn.steps = BUDGET_STEPS
             found = (<Pollable>entry.pollable).poll(&turn)
             after = ticks()
             if found > 0:

@@ -2,7 +2,7 @@
 
 Whoever is polled finds all that it needs here.
 """
-from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn
+from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Pollable, Turn
 from vhostpy._worker cimport Table
 
 cdef class Workers:

@@ -56,6 +56,8 @@ cdef class Workers:
             self.workers.append(worker)
             self.members[index] = <void *>worker
         self.count = count
+        for worker in self.workers:
+            (<Worker>worker).shared = count > 1
 
     def __dealloc__(self):
         if self.members != NULL:    # else it was refused, and its fd is still 0

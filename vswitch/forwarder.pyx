@@ -27,7 +27,7 @@ from vhostpy.vswitch._table cimport Place, PortTable, Ports
 from vhostpy.vswitch.fdb cimport (
     FDB_UNKNOWN, ForwardingTable, fdb_key, fdb_learn, fdb_lookup, fdb_prepare,
 )
-from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, Pollable, Turn
+from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Pollable, Turn
 
 cdef enum Verdict:
     # Where a frame goes, if not to a place in the table.
@@ -72,7 +72,7 @@ cdef class Forwarder(Pollable):
         # Pairs with Ports.publish().
         cdef PortTable *table = <PortTable *>load_acquire_ptr(<void **>&self.ports.table)
         cdef int count
-        turn.scratch.used = 0
+        turn.scratch.used = turn.scratch.steps = 0
         count = self.port.receive(self.queue, self.burst, BURST, turn.scratch)
         if unlikely(count < 0 and not self.told):
             self.ports.workers.attention()
@@ -86,6 +86,8 @@ cdef class Forwarder(Pollable):
             self.port.show_released(self.queue)
             self.shown_at = turn.now
         self.received_at = turn.now
+        # Whatever these have cost, one receiver gets some: or they would never get on.
+        turn.steps = max(turn.steps - <int32_t>turn.scratch.steps, 1)
         self.floods = 0
         self.refused = 0
         self.check_pair()
@@ -268,10 +270,10 @@ cdef class Forwarder(Pollable):
         while self.next_port < table.count:
             place = &table.places[self.next_port]
             if place.port != NULL and self.next_port != self.port.index:
-                if turn.frames <= 0 or turn.bytes <= 0:
+                if turn.frames <= 0 or turn.bytes <= 0 or turn.steps <= 0:
                     return False
                 # Copies never wait for a receiver: one full port would stop all.
-                taken = (<Port>place.port).transmit(self.queue, self.group, count)
+                taken = (<Port>place.port).transmit(self.queue, self.group, count, turn)
                 if taken < count:
                     (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_FULL,
                                                   count - taken)
@@ -295,7 +297,7 @@ cdef class Forwarder(Pollable):
             self.group_bytes = self.unicast_bytes
             self.transmit(&table.places[self.places[first]], &self.all[first], count, turn)
             return
-        while todo and turn.frames > 0 and turn.bytes > 0:
+        while todo and turn.frames > 0 and turn.bytes > 0 and turn.steps > 0:
             place = self.places[lowest_bit(todo)]
             count = self.gather(todo, place, turn)
             todo &= ~self.group_mask
@@ -326,7 +328,7 @@ cdef class Forwarder(Pollable):
 
     cdef void transmit(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil:
         """Gives a group to its receiver. What does not fit waits, or is dropped."""
-        cdef int taken = (<Port>place.port).transmit(self.queue, group, count)
+        cdef int taken = (<Port>place.port).transmit(self.queue, group, count, turn)
         cdef uint64_t now = turn.now if turn.now else 1
         cdef uint64_t full_since = read_once_u64(&place.full_since)
         cdef int i, dropped = 0
@@ -410,7 +412,7 @@ cdef class Forwarder(Pollable):
     # Doors --------------------------------------------------------------------------
 
     def turn(self, frames: int = BUDGET_FRAMES, size: int = BUDGET_BYTES,
-             now: int | None = None) -> int:
+             steps: int = BUDGET_STEPS, now: int | None = None) -> int:
         """One poll with that budget, on this thread: only while no worker polls it."""
         cdef Turn turn
         cdef int found
@@ -420,6 +422,7 @@ cdef class Forwarder(Pollable):
         turn.now = ticks() if now is None else now
         turn.frames = frames
         turn.bytes = size
+        turn.steps = steps
         with nogil:
             found = self.poll(&turn)
         return found

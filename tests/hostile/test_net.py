@@ -21,7 +21,7 @@ from tests.backends.netguest import (
     frame,
     mac,
 )
-from tests.vswitch.net import LATER
+from tests.vswitch.net import LATER, net
 from vhostpy.backends.netdevice import NetDevice
 from vhostpy.vswitch.switch import Switch
 from vhostpy.worker import Workers
@@ -273,6 +273,67 @@ def test_a_frame_is_not_written_in_part_into_buffers_of_which_one_is_bad():
     assert n.hostile.memory.read(*first) == bytes(500)
     assert [length for _, length in n.hostile.used()] == [0, 0]
     assert n.hostile.drops() == {"receiver_full": 1}
+
+
+def test_buffers_in_memory_that_is_not_shared_are_passed_over():
+    """As of a guest with a dimm whose backend lacks share=on: it loses no frame by it."""
+    n = Neighbours()
+    sent = [frame(mac(0), mac(1), 60 + i, i) for i in range(64)]
+    for _ in range(20):
+        for _ in range(64):
+            n.hostile.post(2048)
+            n.hostile.post_bad()
+        for data in sent:
+            n.innocent[0].send(data)
+        n.innocent[0].kick()
+        n.turns(n.innocent[0])
+        assert n.hostile.received() == sent
+        n.innocent[0].sent()
+    assert n.hostile.drops() == {}
+    assert n.hostile.counters()["unmapped"] > 20 * 60
+    assert not n.hostile.queues[0].broken
+
+
+def test_receive_chains_that_cost_much_cost_a_broadcast_one_of_them_and_then_their_ring():
+    size = 8192
+    n = Neighbours()
+    n.hostile.stop()
+    hostile = Guest(n.hostile.device, features=VERSION_1, size=size)
+    raw = Raw(hostile, 0)
+    loop = [struct.pack("<QIHH", PAGE, 1, WRITE | NEXT, (i + 1) % size) for i in range(size)]
+    hostile.memory.write(raw.desc, b"".join(loop))
+    raw.offer(*range(size - 1))
+    first, second = n.innocent
+
+    def cost() -> int:
+        before = hostile.counters().get("too_many_segments", 0)
+        first.send(frame(BROADCAST, mac(1)))
+        first.kick()
+        second.post(2048)
+        n.turns(first)
+        assert second.received() == [frame(BROADCAST, mac(1))]
+        return hostile.counters()["too_many_segments"] - before
+
+    costs = [cost() for _ in range(50)]
+    assert max(costs) == 1
+    assert sum(costs) == 16
+    assert hostile.queues[0].broken
+    assert hostile.drops() == {"buffer_fault": 16, "receiver_down": 34}
+    n.exchange()
+
+
+def test_what_receivers_chains_cost_ends_a_turn():
+    n = net(4, buffers=0)
+    for g in (n[1], n[2], n[3]):
+        g.post(*[40] * 50, count=4)
+    n.send(0, frame(BROADCAST, mac(0)), frame(BROADCAST, mac(0), 61))
+    arrived = []
+    for _ in range(3):
+        n.turn(0, steps=100)
+        arrived.append([len(g.received()) for g in n.guests[1:]])
+    assert arrived == [[2, 0, 0], [0, 2, 0], [0, 0, 2]]
+    assert n.turn(0) == 0
+    assert n.drops() == [{}] * 4
 
 
 @pytest.mark.parametrize("length", [1, 2, 11, 12, 13])
