@@ -6,19 +6,17 @@ To close one that a stranger sent holds nobody up. Knows descriptors and bytes; 
 import array
 import contextlib
 import fcntl
-import logging
+import functools
 import os
 import socket
 import sys
-import threading
 from collections.abc import Sequence
-from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
+from vhostpy.account import COMMON, Account
+from vhostpy.background import Background
 from vhostpy.errors import ProtocolError
-
-log = logging.getLogger("vhostpy")
 
 # No message carries more: vhost-user, "Multiple Memory regions description", "Back-end
 # communication".
@@ -30,119 +28,49 @@ INT_SIZE = array.array("i").itemsize
 
 # unix(7): bytes of a socket's path, less the closing zero.
 SOCKET_PATH_MAX = 107
-# What whoever closes a foreign file waits for it: nearly always long enough.
-CLOSE_PATIENCE_S = 0.02
-# So many of them may hang before nobody waits any more.
-HUNG_MAX = 8
+# A file that is the kernel's own is closed at once, unless it is the last hold on so much
+# memory: to free 1 GiB takes some 50 ms.
+FREED_AT_ONCE_BYTES = 64 << 20
+
+# Frees memory of guests that have gone. It takes its time, and waits for nobody.
+freeing = Background("freeing")
 
 
-class Closer:
-    """Closes files of strangers: their close() may block for as long as they like.
-
-    A socket with SO_LINGER waits for its peer, a file on FUSE or NFS for a server. A
-    thread closes them, one after the other; when one hangs, another takes its place, and
-    once none hangs one is left.
-    """
-
-    def __init__(self) -> None:
-        self.hung = 0  # closings that somebody has given up to wait for
-        self.threads = 0
-        self._queue: SimpleQueue[_Closing] = SimpleQueue()
-        # Only ever held for a moment. A collection may close an fd within: hence the R.
-        self._lock = threading.RLock()
-        self._told = self._told_full = False
-
-    def close(self, fd: int) -> None:
-        """Has `fd` closed; when this returns it is, unless that hangs."""
-        if sys.is_finalizing():
-            return  # no thread would run any more; the kernel closes it in a moment
-        closing = _Closing(fd)
-        self._queue.put(closing)
-        if not self._ensure_thread():
-            return
-        if not closing.finished.acquire(timeout=CLOSE_PATIENCE_S):
-            self._give_up(closing)
-
-    def _ensure_thread(self) -> bool:
-        """Starts a thread where none is free. False: none may be, and what is queued waits."""
-        with self._lock:
-            if self.hung >= HUNG_MAX:
-                if not self._told_full:
-                    self._told_full = True
-                    log.error(
-                        "%d file descriptors of front-ends hang when they are closed; "
-                        "further ones stay open until one of these is done",
-                        self.hung,
-                    )
-                return False
-            if self.threads <= self.hung:
-                self.threads += 1
-                try:
-                    threading.Thread(target=self._run, name="closer", daemon=True).start()
-                except RuntimeError:  # the process may have no more threads
-                    self.threads -= 1
-                    return False
-            return True
-
-    def _give_up(self, closing: "_Closing") -> None:
-        with self._lock:
-            if closing.done:
-                return
-            closing.given_up = True
-            self.hung += 1
-            if not self._queue.empty():
-                self._ensure_thread()
-            if not self._told:
-                self._told = True
-                log.warning(
-                    "closing a file descriptor that a front-end sent takes long: a lingering "
-                    "socket, or a file whose server does not answer (said once)"
-                )
-
-    def _run(self) -> None:
-        while True:
-            closing = self._queue.get()
-            # What a close reports has happened to somebody else's file.
-            with contextlib.suppress(OSError):
-                os.close(closing.fd)
-            with self._lock:
-                closing.done = True
-                self.hung -= closing.given_up
-                is_spare = self.threads > self.hung + 1 and self._queue.empty()
-                self.threads -= is_spare
-            closing.finished.release()
-            if is_spare:
-                return
-
-
-class _Closing:
-    """One fd on its way."""
-
-    __slots__ = ("done", "fd", "finished", "given_up")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.done = self.given_up = False
-        self.finished = threading.Lock()
-        self.finished.acquire()
-
-
-closer = Closer()
-
-
-def close(fd: int) -> None:
-    """Closes any fd that somebody else sent; waits for nobody longer than a moment."""
-    if _closes_at_once(fd):
-        os.close(fd)
-    else:
-        closer.close(fd)
-
-
-def close_socket(sock: socket.socket) -> None:
-    """Closes a socket that fds may wait in, which go with it."""
+def close_socket(sock: socket.socket, account: Account) -> None:
+    """Hangs up at once; closes in the background, since fds that wait in it go with it."""
+    with contextlib.suppress(OSError):  # of one that listens, or whose other end has gone
+        sock.shutdown(socket.SHUT_RDWR)
     number = sock.detach()
     if number >= 0:
-        close(number)
+        OwnedFd(number, account).close()
+
+
+def _close(fd: int, account: Account) -> None:
+    """Closes any fd, and waits for nobody.
+
+    A stranger's close() may block for as long as it likes: a socket with SO_LINGER waits for
+    its peer, a file on FUSE or NFS for a server. All but eventfds and memory go to a thread,
+    which is its socket's own.
+    """
+    if sys.is_finalizing():
+        return  # no thread would run any more; the kernel closes it in a moment
+    work = functools.partial(_close_now, fd, account)
+    if is_sealable(fd):
+        if os.fstat(fd).st_blocks * 512 > FREED_AT_ONCE_BYTES:
+            freeing.do(work)
+        else:
+            work()
+    elif is_eventfd(fd):
+        work()
+    else:
+        account.closing.do(work)
+
+
+def _close_now(fd: int, account: Account) -> None:
+    try:
+        os.close(fd)
+    finally:
+        account.remove_fd()
 
 
 def is_sealable(fd: int) -> bool:
@@ -156,7 +84,10 @@ def is_sealable(fd: int) -> bool:
 
 def is_eventfd(fd: int) -> bool:
     """Whether it is an eventfd."""
-    return kind_of(fd) == "anon_inode:[eventfd]"
+    try:
+        return kind_of(fd) == "anon_inode:[eventfd]"
+    except OSError:  # it is not open
+        return False
 
 
 def kind_of(fd: int) -> str:
@@ -164,20 +95,18 @@ def kind_of(fd: int) -> str:
     return os.readlink(f"/proc/self/fd/{fd}")
 
 
-def _closes_at_once(fd: int) -> bool:
-    try:
-        return is_sealable(fd) or is_eventfd(fd)
-    except OSError:
-        return False
-
-
 class OwnedFd:
-    """A file descriptor that is closed unless somebody takes it."""
+    """A file descriptor that is closed unless somebody takes it.
 
-    __slots__ = ("_fd",)
+    Until it is closed it counts as one of its account's.
+    """
 
-    def __init__(self, fd: int) -> None:
+    __slots__ = ("_fd", "account")
+
+    def __init__(self, fd: int, account: Account = COMMON) -> None:
         self._fd = fd
+        self.account = account
+        account.add_fd()
 
     def fileno(self) -> int:
         """The number, still ours. Raises ValueError if it was taken or closed."""
@@ -189,17 +118,18 @@ class OwnedFd:
         """The number; whoever calls this has to close it."""
         fd = self.fileno()
         self._fd = -1
+        self.account.remove_fd()
         return fd
 
     def move(self) -> "OwnedFd":
         """A new owner; this one is empty after."""
-        return OwnedFd(self.take())
+        return OwnedFd(self.take(), self.account)
 
     def close(self) -> None:
         """Closes it; nothing if it was taken or closed."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            close(fd)
+            _close(fd, self.account)
 
     @property
     def closed(self) -> bool:
@@ -229,13 +159,16 @@ def close_all(fds: Sequence[OwnedFd]) -> None:
         fd.close()
 
 
-def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
+def receive(
+    sock: socket.socket, size: int, account: Account = COMMON
+) -> tuple[bytes, list[OwnedFd]]:
     """At most `size` bytes, and the fds that came with them; b"" at the end.
 
     The kernel glues bytes without fds to the next ones that have some, and stops there:
     a caller who wants to know which message the fds belong to must not ask for more
     bytes than that message still lacks (`Decoder.wanted`).
-    Raises ProtocolError where data or fds were cut off; BlockingIOError passes.
+    Raises ProtocolError where data or fds were cut off, or the account has too many;
+    BlockingIOError passes.
     """
     data, ancillary, flags, _ = sock.recvmsg(
         size, socket.CMSG_SPACE(FDS_ROOM * INT_SIZE), socket.MSG_CMSG_CLOEXEC
@@ -245,7 +178,7 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers = array.array("i")
             numbers.frombytes(content[: len(content) - len(content) % INT_SIZE])
-            fds += map(OwnedFd, numbers)
+            fds += [OwnedFd(number, account) for number in numbers]
     if len(fds) > FDS_MAX or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         close_all(fds)
         raise ProtocolError(
@@ -253,6 +186,12 @@ def receive(sock: socket.socket, size: int) -> tuple[bytes, list[OwnedFd]]:
             "this process may open",
             "if the front-end is sound, raise the limit of open files (ulimit -n)",
         )
+    if fds:
+        try:
+            account.check_fds()
+        except ProtocolError:
+            close_all(fds)
+            raise
     return data, fds
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
 from vhostpy import fds
+from vhostpy.account import Account
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
 from vhostpy.effects import Effect, MakeInflight, Reply, StopRing
@@ -40,6 +41,11 @@ SETTLED_S = 1.0
 # as many as it likes.
 REPEATS = 1
 CAUSES_MAX = 16
+HANGING = (
+    "refused a front-end: files that one before it sent cannot be closed yet\n"
+    "  next: see what hangs, a lingering socket or a file whose server does not answer; a sound "
+    "front-end sends eventfds and memory"
+)
 # How long to wait when the process has no file descriptors left.
 SHORTAGE_S = 0.1
 
@@ -62,6 +68,8 @@ class Server:
         group: str | None = None,
     ) -> None:
         self.device = device
+        self.account = Account()
+        self.account.open()
         self.path = path
         self.fd = fd
         self.client = client
@@ -96,8 +104,9 @@ class Server:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        self.account.close()
         if self._listener is not None:
-            fds.close_socket(self._listener)
+            fds.close_socket(self._listener, self.account)
             if self.path is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path)
@@ -108,6 +117,8 @@ class Server:
         where = self.path if self.path is not None else f"fd {self.fd}"
         if connection is None:
             waits = "for a front-end to listen" if self.client else "for a front-end to connect"
+            if self.account.closing.left:
+                waits = f"for {self.account.closing.left} files of earlier ones to be closed"
             handshake: dict[str, Any] = {"handshake": "not connected", "waits_for": waits}
         else:
             handshake = connection.session.status()
@@ -116,6 +127,7 @@ class Server:
             "connected": connection is not None,
             "sessions": self.sessions,
             **handshake,
+            "account": self.account.status(),
             "device": self.device.status(),
         }
 
@@ -131,6 +143,9 @@ class Server:
         shortage = False
         try:
             while True:
+                if self.account.fds >= self.account.fds_share:
+                    # Each that is refused costs one more until it is closed.
+                    await self._all_closed(None)
                 try:
                     sock, _ = await loop.sock_accept(listener)
                 except OSError as error:  # EMFILE: others may soon give some back
@@ -148,7 +163,11 @@ class Server:
                         "  next: stop the first one, or give each its own --socket",
                         self.device.name,
                     )
-                    fds.close_socket(sock)
+                    fds.close_socket(sock, self.account)
+                    continue
+                if not await self._all_closed(HANDOVER_S):
+                    self.failures.add(HANGING)
+                    fds.close_socket(sock, self.account)
                     continue
                 serving = loop.create_task(self._serve(sock))
         finally:
@@ -162,6 +181,9 @@ class Server:
         assert self.path is not None
         while True:
             sock: socket.socket | None = None
+            if not await self._all_closed(HANDOVER_S):
+                self.failures.add(HANGING)
+                await self._all_closed(None)
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 sock.setblocking(False)
@@ -175,10 +197,26 @@ class Server:
                 await self._serve(sock)
             await asyncio.sleep(RECONNECT_MS / 1000)
 
+    async def _all_closed(self, deadline_s: float | None) -> bool:
+        """Waits until all that earlier front-ends sent is closed; False: past the deadline."""
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(closed.set)
+
+        self.account.closing.when_idle(tell)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await closed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def _serve(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sessions += 1
-        self.connection = connection = Connection(self.device, sock)
+        self.connection = connection = Connection(self.device, sock, self.account)
         if not self.failures:
             log.info("%s: front-end connected", self.device.name)
         try:
@@ -232,9 +270,10 @@ class Connection:
     # Those whose rings and memory have to be looked at when a worker or a fault calls.
     open: ClassVar[weakref.WeakSet["Connection"]] = weakref.WeakSet()
 
-    def __init__(self, device: Device, sock: socket.socket) -> None:
+    def __init__(self, device: Device, sock: socket.socket, account: Account) -> None:
         self.device = device
         self.sock = sock
+        self.account = account
         self.session = Session(device)
         self.plane = DataPlane(device, self.session)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -271,7 +310,7 @@ class Connection:
             await self.plane.close()
         finally:
             # Not sooner: a front-end that is hung up on goes on from where the rings stand.
-            fds.close_socket(self.sock)
+            fds.close_socket(self.sock, self.account)
             self.session.close()
 
     def look_after(self) -> None:
@@ -288,7 +327,7 @@ class Connection:
         while True:
             await _ready(self.sock, write=False)
             try:
-                data, received = fds.receive(self.sock, decoder.wanted)
+                data, received = fds.receive(self.sock, decoder.wanted, self.account)
             except BlockingIOError:
                 continue
             except ConnectionResetError:

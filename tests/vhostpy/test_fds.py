@@ -12,11 +12,12 @@ from tests.hanging import fuse_file, lingering_socket
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import eventfds, open_fds
-from vhostpy import fds
+from vhostpy import server
+from vhostpy.account import Account
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
-from vhostpy.fds import FDS_MAX, HUNG_MAX, Closer, OwnedFd, receive, send
+from vhostpy.fds import FDS_MAX, OwnedFd, receive, send
 from vhostpy.frontend import FrontEnd
 from vhostpy.mapping import Mapping
 from vhostpy.payloads import VringFile, VringState
@@ -25,22 +26,12 @@ from vhostpy.protocol import FrontEndRequest as R
 from vhostpy.server import Server
 from vhostpy.worker import Workers
 
-LONG_S = 60
-
-
-@pytest.fixture
-def closer(monkeypatch):
-    """One of this test's own, which no other one has made wait."""
-    closer = Closer()
-    monkeypatch.setattr(fds, "closer", closer)
-    return closer
-
 
 @pytest.fixture
 def hangs():
     """`hangs()` makes an fd whose close hangs until the test ends."""
     with contextlib.ExitStack() as stack:
-        yield lambda: OwnedFd(stack.enter_context(lingering_socket()).detach())
+        yield lambda account: OwnedFd(stack.enter_context(lingering_socket()).detach(), account)
 
 
 def is_open(number: int) -> bool:
@@ -51,70 +42,64 @@ def is_open(number: int) -> bool:
     return True
 
 
-def pipe_end() -> OwnedFd:
+def pipe_end(account: Account) -> OwnedFd:
     read, write = os.pipe()
     os.close(read)
-    return OwnedFd(write)
+    return OwnedFd(write, account)
 
 
-def test_a_close_that_hangs_holds_up_neither_its_caller_nor_the_next(closer, hangs, caplog):
-    for _ in range(HUNG_MAX - 1):
-        hangs().close()
-    assert closer.hung == HUNG_MAX - 1
-    fd = pipe_end()
-    number = fd.fileno()
-    fd.close()
-    assert not is_open(number)
-    assert len(caplog.records) == 1
+def closing_threads() -> int:
+    return sum(thread.name == "closing" for thread in threading.enumerate())
 
 
-def test_beyond_so_many_that_hang_nobody_waits_and_the_rest_is_closed_when_they_end(
-    closer, monkeypatch, caplog
-):
-    with contextlib.ExitStack() as stack:
-        for _ in range(HUNG_MAX):
-            OwnedFd(stack.enter_context(lingering_socket()).detach()).close()
-        assert closer.hung == HUNG_MAX
-        monkeypatch.setattr(fds, "CLOSE_PATIENCE_S", LONG_S)
-        late = [pipe_end() for _ in range(10)]
-        numbers = [fd.fileno() for fd in late]
-        for fd in late:
+# Closing them --------------------------------------------------------------------------
+
+
+def test_a_close_that_hangs_holds_up_neither_its_caller_nor_other_sockets():
+    before = closing_threads()
+    with lingering_socket() as ours:
+        bad, good = Account(), Account()
+        OwnedFd(ours.detach(), bad).close()
+        behind = [pipe_end(bad) for _ in range(100)]
+        for fd in behind:
             fd.close()
-        assert all(map(is_open, numbers))
-        assert len(caplog.records) == 2
-    eventually(lambda: not closer.hung and not any(map(is_open, numbers)))
-    fd = pipe_end()
-    number = fd.fileno()
-    fd.close()
-    assert not is_open(number)
+        fd = pipe_end(good)
+        fd.close()
+        eventually(lambda: good.fds == 0)
+        assert (bad.fds, bad.closing.left) == (101, 101)
+        eventually(lambda: closing_threads() == before + 1)
+    eventually(lambda: (bad.fds, bad.closing.left) == (0, 0))
+    eventually(lambda: closing_threads() == before)
 
 
-def test_threads_that_took_the_place_of_those_that_hung_end_with_that(closer):
-    pipe_end().close()
-    assert closer.threads == 1
-    with contextlib.ExitStack() as stack:
-        for _ in range(HUNG_MAX - 1):
-            OwnedFd(stack.enter_context(lingering_socket()).detach()).close()
-        pipe_end().close()
-        assert closer.threads == HUNG_MAX
-    eventually(lambda: closer.threads == 1)
-    pipe_end().close()
-    eventually(lambda: not closer.hung)
-
-
-def test_eventfds_and_shared_memory_are_closed_while_everything_else_hangs(closer, hangs):
-    for _ in range(HUNG_MAX):
-        hangs().close()
+def test_eventfds_and_shared_memory_are_closed_while_everything_else_hangs(hangs):
+    account = Account()
+    hangs(account).close()
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         for fd in (os.eventfd(0), os.memfd_create("guest"), os.dup(file.fileno())):
-            OwnedFd(fd).close()
+            OwnedFd(fd, account).close()
             assert not is_open(fd)
 
 
-def test_a_close_that_fails_is_nobodys_error(closer):
+def test_a_close_that_fails_is_nobodys_error():
     """It is closed all the same: close(2), "Dealing with error returns"."""
-    closer.close(999_999)
-    assert closer.hung == 0
+    account = Account()
+    OwnedFd(999_999, account).close()
+    eventually(lambda: account.fds == 0)
+
+
+def test_more_threads_than_there_may_be_are_waited_for(monkeypatch):
+    account = Account()
+    with monkeypatch.context() as none:
+        none.setattr(threading.Thread, "start", refuse_to_start)
+        pipe_end(account).close()
+        assert account.fds == 1
+    pipe_end(account).close()
+    eventually(lambda: account.fds == 0)
+
+
+def refuse_to_start(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def surplus(guest: FrontEnd, fd: int) -> None:
@@ -135,32 +120,43 @@ def unread(guest: FrontEnd, fd: int) -> None:
 
 
 @pytest.mark.parametrize("attack", [surplus, too_many, unread])
-def test_a_lingering_socket_holds_up_no_other_front_end(attack, closer, hangs, tmp_path):
+def test_who_sends_a_lingering_socket_is_refused_until_it_is_closed(
+    attack, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(server, "HANDOVER_S", 0.1)
     workers = Workers()
     workers.start()
     paths = [str(tmp_path / name) for name in ("bad", "good")]
     disks = [Disk(path, RamStorage(1 << 20), workers, queues=4) for path in paths]
     servers = [Server(disk, path=path) for disk, path in zip(disks, paths, strict=True)]
+    account = servers[0].account
     with serving(*servers) as loop, FrontEnd(paths[1]) as good:
         good.get_features()
         held = threading.Event()
         loop.loop.call_soon_threadsafe(held.wait)  # all is sent before any is looked at
         try:
-            with FrontEnd(paths[0]) as bad, hangs() as fd:
-                attack(bad, fd.fileno())
-            assert closer.hung == 0  # the server has the last one
+            with lingering_socket() as fd:
+                with FrontEnd(paths[0]) as bad:
+                    attack(bad, fd.fileno())
+                    fd.close()  # the server has the last one
+                    held.set()
+                    assert bad.hung_up()  # though what it sent hangs
+                for _ in range(2):
+                    with FrontEnd(paths[0]) as refused:
+                        assert refused.hung_up()
+                assert "files of earlier ones to be closed" in servers[0].status()["waits_for"]
+                assert caplog.text.count("refused a front-end: files") == 1
+                good.get_features()
         finally:
             held.set()
-        good.get_features()
-        eventually(lambda: closer.hung == 1)
-        good.get_features()
-        eventually(lambda: servers[0].connection is None)
+        eventually(lambda: not account.fds)
         with FrontEnd(paths[0]) as again:
             again.get_features()
     workers.stop()
 
 
-def test_a_file_on_fuse_is_refused_and_closed_without_its_servers_help(closer, tmp_path):
+def test_a_file_on_fuse_is_refused_and_closed_without_its_servers_help(tmp_path):
+    account = Account()
     with fuse_file(tmp_path) as number:
         if number is None:
             pytest.skip("cannot mount FUSE: run as root")
@@ -178,12 +174,12 @@ def test_a_file_on_fuse_is_refused_and_closed_without_its_servers_help(closer, t
         mapping.join(10)
         assert not mapping.is_alive()
         assert "is on fuse, whose page faults may block" in refused[0]
-        closing = threading.Thread(target=OwnedFd(number).close)
+        closing = threading.Thread(target=OwnedFd(number, account).close)
         closing.start()
         closing.join(10)
         assert not closing.is_alive()
-        assert closer.hung == 1
-    eventually(lambda: not closer.hung)
+        assert account.closing.left == 1
+    eventually(lambda: not account.fds)
 
 
 # How they travel, and whose they are --------------------------------------------------
