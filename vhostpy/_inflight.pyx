@@ -23,6 +23,7 @@ from vhostpy._inflight_split cimport (
 )
 from vhostpy._tracker cimport REGION_DESC_NUM, REGION_VERSION
 
+from vhostpy.account import COMMON, Account
 from vhostpy.errors import ProtocolError
 
 cdef enum:
@@ -56,7 +57,15 @@ def align(size: int) -> int:
 class InflightArea:
     """The memory of all queues, as the front-end hands it over."""
 
-    def __init__(self, fd: int, offset: int, size: int, num_queues: int, queue_size: int) -> None:
+    def __init__(
+        self,
+        fd: int,
+        offset: int,
+        size: int,
+        num_queues: int,
+        queue_size: int,
+        account: Account = COMMON,
+    ) -> None:
         if offset % 8:
             raise ProtocolError(f"inflight: memory at offset {offset}, no multiple of 8")
         least = num_queues * align(SPLIT_HEADER + SPLIT_ENTRY * queue_size)
@@ -64,7 +73,7 @@ class InflightArea:
             raise ProtocolError(
                 f"inflight: {num_queues} queues of {queue_size} need {least} bytes, "
                 f"there are {size}")
-        self.mapping = Mapping(fd, offset, size)
+        self.mapping = Mapping(fd, offset, size, account)
         self.num_queues = num_queues
         # So also where another back-end has made the memory, by the document's rules.
         self.region_bytes = size // num_queues // ALIGNMENT * ALIGNMENT

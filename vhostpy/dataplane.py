@@ -81,7 +81,9 @@ class DataPlane:
             case e.SetInflight(fd, offset, size, num_queues, queue_size):
                 with fd:
                     self._set_inflight(
-                        InflightArea(fd.fileno(), offset, size, num_queues, queue_size)
+                        InflightArea(
+                            fd.fileno(), offset, size, num_queues, queue_size, fd.account
+                        )
                     )
             case e.StartRing(index):
                 self._start_ring(index)
@@ -244,7 +246,7 @@ class DataPlane:
             self.log = None
         else:
             with fd:
-                self.log = DirtyLog(fd.fileno(), offset, size)
+                self.log = DirtyLog(fd.fileno(), offset, size, fd.account)
         with self._held(self.rings):
             self._update_logs()
 
@@ -402,7 +404,7 @@ def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
 
 
 def _map(region: MemoryRegion, fd: OwnedFd) -> RegionInfo:
-    mapping = Mapping(fd.fileno(), region.offset, region.size)
+    mapping = Mapping(fd.fileno(), region.offset, region.size, fd.account)
     return RegionInfo(region.gpa, region.size, region.uva, mapping)
 
 

@@ -1,7 +1,7 @@
 """Mappings: a front-end's file in our address space, and what contains it when it shrinks."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-cdef int64_t MAPPED_MAX      # bytes that all mappings together may take
+cdef int64_t MAPPED_MAX      # account.py's
 
 cdef str size_text(uint64_t size)
 # "64 MiB", for error texts.
@@ -17,4 +17,5 @@ cdef class Mapping:
     cdef readonly uint64_t page_size
     cdef uint8_t *data      # where the region starts inside it
     cdef readonly uint64_t size
+    cdef object account     # whose it is
     cdef int slot           # in the SIGBUS table; -1: none

@@ -8,6 +8,8 @@ import errno
 import fcntl
 import os
 import stat
+import sys
+from functools import partial
 
 cimport cython
 from libc.errno cimport errno as c_errno
@@ -15,8 +17,9 @@ from libc.errno cimport errno as c_errno
 from vhostpy._hw cimport atomic_add_i64
 from vhostpy._linux cimport fstatfs, statfs_t
 
+from vhostpy.account import ADDRESSES_MAX, COMMON, Account
 from vhostpy.errors import SHARE_ON, ProtocolError
-from vhostpy.fds import is_sealable, kind_of
+from vhostpy.fds import FREED_AT_ONCE_BYTES, freeing, is_sealable, kind_of
 
 
 cdef extern from "_sigbus.h" nogil:
@@ -40,9 +43,8 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *, size_t)
     int madvise(void *, size_t, int)
 
-# Address space for all mappings together, of 128 TiB: a sparse file costs its sender
-# nothing and would leave no address for anybody else.
-MAPPED_MAX = <int64_t>1 << 46
+# account.py divides them among the sockets; all together, as some may have gone since.
+MAPPED_MAX = ADDRESSES_MAX
 cdef int64_t mapped_total = 0
 
 # proc(5), mountinfo: local ones, whose page faults end. A fault on FUSE or NFS may wait
@@ -54,6 +56,8 @@ LOCAL_FILE_SYSTEMS = {
 }
 HUGETLBFS = 0x958458F6      # statfs(2), f_type
 COUNT_HINT = "raise vm.max_map_count, or serve fewer sockets with one process"
+# Memory is unmapped by pieces: whoever maps some waits meanwhile.
+cdef size_t UNMAPPED_PIECE = <size_t>1 << 30     # the size of the largest pages
 
 
 def install_sigbus_handler() -> None:
@@ -88,6 +92,21 @@ cdef str size_text(uint64_t size):
         if size and size % (<uint64_t>1 << shift) == 0:
             return f"{size >> shift} {unit}"
     return f"{size} bytes"
+
+
+cdef forget_mapping(size_t mapped, account):
+    atomic_add_i64(&mapped_total, -<int64_t>mapped)
+    account.remove_mapping(mapped)
+
+
+def unmap(base: int, mapped: int, account: Account) -> None:
+    """What a Mapping ends with. Frees the file's memory where nobody else has it."""
+    cdef uint64_t start = base, end = <uint64_t>base + <uint64_t>mapped
+    with nogil:
+        while start < end:
+            munmap(<void *>start, min(end - start, UNMAPPED_PIECE))
+            start += UNMAPPED_PIECE
+    forget_mapping(mapped, account)
 
 
 cdef str remote_file_system(int fd):
@@ -139,13 +158,15 @@ cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) excep
 
 
 @cython.final
+@cython.no_gc       # an account refers to no mapping
 cdef class Mapping:
     """`size` bytes of a file from `offset` on, neither of them page-aligned perhaps.
 
-    Keeps no fd. Raises ProtocolError if the file can't be mapped or isn't safe to.
+    Keeps no fd; counts as one of `account`'s. Raises ProtocolError if the file can't be
+    mapped or isn't safe to, or if its account's share is used up.
     """
 
-    def __cinit__(self, fd: int, offset: int, size: int):
+    def __cinit__(self, fd: int, offset: int, size: int, account=COMMON):
         cdef uint64_t start, pad
         cdef void *base
         cdef int file_number
@@ -169,16 +190,22 @@ cdef class Mapping:
                 f"{what}: all mappings together would pass {size_text(MAPPED_MAX)}",
                 "a front-end should send only memory that its guest has",
             )
+        try:
+            account.add_mapping(self.mapped, what)
+        except ProtocolError:
+            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
+            raise
         with nogil:
             base = mmap(NULL, self.mapped, PROT_READ | PROT_WRITE,
                         MAP_SHARED | MAP_NORESERVE, file_number, <int64_t>start)
         if base == MAP_FAILED:
             error = c_errno
-            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
+            forget_mapping(self.mapped, account)
             raise ProtocolError(
                 f"{what}: {errno.errorcode.get(error, error)} ({os.strerror(error)})",
                 COUNT_HINT if error == errno.ENOMEM else SHARE_ON,
             )
+        self.account = account
         self.base = <uint8_t *>base
         self.data = self.base + pad
         madvise(base, self.mapped, MADV_DONTDUMP)
@@ -190,8 +217,10 @@ cdef class Mapping:
         if self.base != NULL:       # else it was refused, and its slot is still 0
             if self.slot >= 0:
                 sigbus_remove(self.slot)
-            munmap(self.base, self.mapped)
-            atomic_add_i64(&mapped_total, -<int64_t>self.mapped)
+            if self.mapped > FREED_AT_ONCE_BYTES and not sys.is_finalizing():
+                freeing.do(partial(unmap, <uint64_t>self.base, self.mapped, self.account))
+            else:
+                unmap(<uint64_t>self.base, self.mapped, self.account)
 
     def __repr__(self):
         return f"<Mapping of {size_text(self.size)} at {self.address:#x}>"

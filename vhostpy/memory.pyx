@@ -12,6 +12,7 @@ from vhostpy._hw cimport atomic_add_i64, atomic_or_u8, read_once_u8, unlikely
 from vhostpy._spec cimport Limit
 from vhostpy.mapping cimport MAPPED_MAX, size_text
 
+from vhostpy.account import COMMON
 from vhostpy.errors import GuestError, ProtocolError
 
 # The longest Segment: its length is 32 bits, and pieces stay page-aligned.
@@ -298,8 +299,8 @@ cdef class GuestMemory:
 cdef class DirtyLog:
     """The front-end's log of dirty pages (vhost-user, "Migration")."""
 
-    def __cinit__(self, fd: int, offset: int, size: int):
-        self.mapping = Mapping(fd, offset, size)
+    def __cinit__(self, fd: int, offset: int, size: int, account=COMMON):
+        self.mapping = Mapping(fd, offset, size, account)
         self.map.size = self.mapping.size
         self.map.bits = self.mapping.data
 

@@ -11,11 +11,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import pytest
+
 from tests.hanging import lingering_socket
 from tests.hostile.victim import eventually
 from vhostpy._spec import Feature
-from vhostpy.fds import FDS_ROOM
+from vhostpy.errors import Refused
+from vhostpy.fds import FDS_ROOM, OwnedFd
 from vhostpy.frontend import FrontEnd
+from vhostpy.payloads import MemoryRegion
 from vhostpy.protocol import FrontEndRequest as R
 from vhostpy.protocol import encode
 
@@ -128,3 +132,38 @@ def test_closings_that_take_their_time_hold_up_no_answer(place):
             turns.append(max(slowest))
             eventually(lambda: not place.victim.status("bad0")["connected"])
         assert turns[-1] < BOUND_S, turns
+
+
+def test_sparse_memory_uses_up_the_addresses_of_one_socket(place):
+    size = 1 << 40
+    with (
+        place.unnoticed(),
+        negotiated(place.path("bad0")) as bad,
+        OwnedFd(os.memfd_create("sparse")) as fd,
+    ):
+        os.ftruncate(fd.fileno(), size)
+        share = "GiB of addresses: the share of each of 8 sockets"
+        with place.one_error("bad0", share), pytest.raises(Refused):
+            for gpa in range(0, 65 * size, size):
+                bad.add_mem_reg(MemoryRegion(gpa, size, gpa, 0), fd)
+        for name in ("bad1", "bad2", "badram", "bad0"):
+            eventually(lambda: not place.victim.status("bad0")["account"]["mappings"])
+            with negotiated(place.path(name)) as innocent:
+                innocent.set_mem_table()
+
+
+def test_as_many_regions_as_there_may_be_fit_into_a_share(place):
+    with (
+        place.unnoticed(),
+        negotiated(place.path("bad0")) as guest,
+        OwnedFd(os.memfd_create("regions")) as fd,
+    ):
+        size = 4096
+        os.ftruncate(fd.fileno(), size)
+        for gpa in range(0, 509 * size, size):
+            guest.add_mem_reg(MemoryRegion(gpa, size, gpa, 0), fd)
+        account = place.victim.status("bad0")["account"]
+        assert account["mappings"] == 509
+        assert account["mapped_bytes"] == 509 * size
+        # Among a hundred sockets there would be room for them and for a log, too.
+        assert account["mappings_share"] * 8 // 100 > 520

@@ -11,8 +11,10 @@ from vhostpy import account
 from vhostpy.account import Account
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.errors import ProtocolError
 from vhostpy.fds import OwnedFd
 from vhostpy.frontend import FrontEnd
+from vhostpy.mapping import Mapping
 from vhostpy.payloads import VringFile
 from vhostpy.protocol import FrontEndRequest as R
 from vhostpy.protocol import encode
@@ -65,6 +67,29 @@ def test_a_limit_that_is_none_counts_as_what_a_system_allows(monkeypatch):
     none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda which: none)
     assert account.fd_limit() == 1 << 20
+
+
+def test_the_mapping_beyond_the_share_is_refused_and_none_of_others(among, monkeypatch):
+    monkeypatch.setattr(account, "mapping_limit", lambda: 16)
+    greedy, other = among(2)
+    with OwnedFd(os.memfd_create("guest")) as fd:
+        os.ftruncate(fd.fileno(), 4096)
+        kept = [Mapping(fd.fileno(), 0, 4096, greedy) for _ in range(7)]
+        with pytest.raises(ProtocolError, match="more than 7 mappings: the share of each of 2"):
+            Mapping(fd.fileno(), 0, 4096, greedy)
+        kept.append(Mapping(fd.fileno(), 0, 4096, other))
+        kept.pop(0)
+        kept.append(Mapping(fd.fileno(), 0, 4096, greedy))
+        assert (greedy.mappings, other.mappings) == (7, 1)
+        del kept
+        assert (greedy.mappings, greedy.mapped_bytes, other.mappings) == (0, 0, 0)
+
+
+def test_what_is_refused_for_another_reason_counts_for_nothing():
+    one = Account()
+    with OwnedFd(os.memfd_create("guest")) as fd, pytest.raises(ProtocolError):
+        Mapping(fd.fileno(), 0, 4096, one)
+    assert (one.mappings, one.mapped_bytes) == (0, 0)
 
 
 def test_more_fds_than_the_share_end_their_session_by_name(

@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from vhostpy.account import Account
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
-from vhostpy.fds import FDS_MAX, OwnedFd, receive, send
+from vhostpy.fds import FDS_MAX, FREED_AT_ONCE_BYTES, OwnedFd, freeing, receive, send
 from vhostpy.frontend import FrontEnd
 from vhostpy.mapping import Mapping
 from vhostpy.payloads import VringFile, VringState
@@ -79,6 +80,28 @@ def test_eventfds_and_shared_memory_are_closed_while_everything_else_hangs(hangs
         for fd in (os.eventfd(0), os.memfd_create("guest"), os.dup(file.fileno())):
             OwnedFd(fd, account).close()
             assert not is_open(fd)
+
+
+def test_memory_of_a_guest_that_has_gone_is_freed_by_a_thread():
+    """50 ms for each GiB, in which nobody else would get an answer."""
+    held = threading.Event()
+    freeing.do(held.wait)
+    size = FREED_AT_ONCE_BYTES + (1 << 20)
+    number = os.memfd_create("gone")
+    os.posix_fallocate(number, 0, size)
+    account = Account()
+    mapping = Mapping(number, 0, size, account)
+    OwnedFd(number, account).close()
+    del mapping
+    try:
+        assert is_open(number)
+        assert "/memfd:gone" in Path("/proc/self/maps").read_text()
+        assert (account.fds, account.mappings, account.mapped_bytes) == (1, 1, size)
+    finally:
+        held.set()
+    eventually(lambda: (account.fds, account.mappings, account.mapped_bytes) == (0, 0, 0))
+    assert not is_open(number)
+    assert "/memfd:gone" not in Path("/proc/self/maps").read_text()
 
 
 def test_a_close_that_fails_is_nobodys_error():

@@ -97,6 +97,7 @@ def _show_process(status: dict[str, Any]) -> None:
         ),
         _sockets(status["sockets"]),
         _devices(status["sockets"]),
+        _accounts(status["sockets"]),
         _workers(status["workers"]),
     )
     if "switch" in status:
@@ -146,6 +147,25 @@ def _devices(sockets: list[dict[str, Any]]) -> Any:
     for socket in sockets:
         values = (socket["device"].get(name) for name in names)
         rows.add_row(cell(socket["name"]), *(cell(_fact(value)) for value in values))
+    return rows
+
+
+def _accounts(sockets: list[dict[str, Any]]) -> Any:
+    """What of each socket's share of the process is used."""
+    rows = table(
+        "share used", "fds", "mappings", "addresses", "closing",
+        numbers=("fds", "mappings", "addresses", "closing"),
+    )  # fmt: skip
+    for socket in sockets:
+        account = socket["account"]
+        mapped, share = (account[f"mapped_bytes{end}"] / (1 << 30) for end in ("", "_share"))
+        rows.add_row(
+            cell(socket["name"]),
+            f"{account['fds']} of {account['fds_share']}",
+            f"{account['mappings']} of {account['mappings_share']}",
+            f"{mapped:.1f} of {share:.0f} GiB",
+            str(account["closing"]),
+        )
     return rows
 
 

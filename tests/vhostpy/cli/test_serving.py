@@ -24,7 +24,12 @@ from tests.vhostpy.cli.commands import (
 )
 from vhostpy._spec import ProtocolFeature
 from vhostpy.frontend import FrontEnd
-from vhostpy.protocol import REQUESTS_TO_FRONT_END, BackEndRequest, Decoder, FrontEndRequest
+from vhostpy.protocol import (
+    REQUESTS_TO_FRONT_END,
+    BackEndRequest,
+    Decoder,
+    FrontEndRequest,
+)
 
 
 def test_status_says_where_each_handshake_stands(place):
@@ -44,6 +49,18 @@ def test_status_says_where_each_handshake_stands(place):
             shown = run("status", "vu0").stdout
             for text in (connected["handshake"], other["handshake"], "SET_FEATURES"):
                 assert text in shown
+
+
+def test_status_says_what_of_each_sockets_share_is_used(place):
+    with Running("net", "--socket", "vu0", "--socket", "vu1"), FrontEnd("vu0") as guest:
+        guest.set_mem_table()
+        guest.get_features()
+        first, second = (socket["account"] for socket in status_of("vu0")["sockets"])
+        assert (first["mappings"], first["mapped_bytes"]) == (1, 32 << 20)
+        assert (second["mappings"], second["mapped_bytes"]) == (0, 0)
+        assert first["mapped_bytes_share"] == second["mapped_bytes_share"] == 32 << 40
+        assert first["fds_share"] > 24 and first["mappings_share"] > 509
+        assert "0.0 of 32768 GiB" in run("status", "vu0").stdout
 
 
 def test_status_without_a_name_lists_all_that_run(place):
