@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhostpy import control
 from vhostpy.errors import ConfigError
+from vhostpy.lines import Talk
 
 if TYPE_CHECKING:
     from vhostpy.backends.storage._storage import Storage
@@ -274,6 +275,9 @@ class App:
             self._loads = self.workers.loads()
             if self.switch is not None:
                 self.switch.tick()
+            for handler in log.handlers:
+                if isinstance(handler, Talk):
+                    handler.tell_left_out()
 
     def _signalled(self) -> None:
         if self._stop.is_set():
@@ -306,22 +310,9 @@ class App:
 # The process -------------------------------------------------------------------------
 
 
-class _Lines(logging.Formatter):
-    """'vhostpy net: vu0: …' for talk, 'vhostpy net: warning: …' for what needs a look."""
-
-    def __init__(self, program: str) -> None:
-        super().__init__()
-        self._program = program
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self._program}: {level}{record.message}"
-
-
 def log_to_stderr(program: str, level: str) -> None:
     """Talk goes to standard error; standard output is for data."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines(program))
+    handler = Talk(sys.stderr, program)
     log.addHandler(handler)
     log.setLevel(level.upper())
     log.propagate = False

@@ -61,8 +61,8 @@ class DataPlane:
         self.backend_channel: OwnedFd | None = None
         # fds that a ring may still use after what should have replaced them was refused.
         self.leftovers: list[OwnedFd] = []
-        # What close() could not end, in words.
-        self.hung: list[str] = []
+        # What close() could not end: words, or errors.
+        self.hung: list[object] = []
 
     async def carry_out(self, effect: e.Effect) -> None:
         """Does what `effect` says. StopRing has a result: see `stop_ring`."""
@@ -164,7 +164,7 @@ class DataPlane:
         for index, done in zip(indexes, drained, strict=True):
             self._take_down(index)
             if done is not True:
-                self.hung.append(str(done or self._hung(index)))
+                self.hung.append(done or self._hung(index))
         self.device.closed()
         for fd in (self.backend_channel, *self.leftovers):
             _close(fd)

@@ -224,13 +224,13 @@ class Server:
             self.failures.over()
             log.info("%s: front-end disconnected", self.device.name)
         except (VhostpyError, OSError) as error:
-            self.failures.add(f"session ended: {error}")
+            self.failures.add("session ended: %s", error)
         except Exception:
             # A defect of ours costs one session, not the port.
             log.exception("%s: session ended by an internal error", self.device.name)
         finally:
-            for text in connection.plane.hung:
-                self.failures.add(text)
+            for what in connection.plane.hung:
+                self.failures.add("%s", what)
             self.connection = None
 
 
@@ -247,12 +247,14 @@ class Failures:
         """Whether some were said that are not over."""
         return bool(self._said)
 
-    def add(self, text: str) -> None:
-        if self._said[text] >= REPEATS or len(self._said) > CAUSES_MAX:
+    def add(self, text: str, what: object) -> None:
+        """`text` has a place for `what`: an error, or words."""
+        said = text % what
+        if self._said[said] >= REPEATS or len(self._said) > CAUSES_MAX:
             self._unsaid += 1
         else:
-            self._said[text] += 1
-            log.error("%s: %s", self.name, text)
+            self._said[said] += 1
+            log.error(f"%s: {text}", self.name, what)
 
     def over(self) -> None:
         """A session lasts, or ended well."""

@@ -65,7 +65,7 @@ class Session(SessionState):
             return
         payload = self._no(message)
         if payload is None or not isinstance(error, Refused):
-            self.ended = str(error)
+            self.ended = str(error.args[0])
         else:
             # One name for all that is unknown, and only the first of a kind is logged: a
             # front-end must fill neither our memory nor the operator's disk.

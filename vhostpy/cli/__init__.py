@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vhostpy.errors import VhostpyError
+from vhostpy.lines import printable
 
 VERBS = {
     "net": "a learning switch; each vhost-user socket is a port",
@@ -78,8 +79,8 @@ def version() -> str:
 
 def report(program: str, message: str, hint: str, status: int) -> int:
     """An error for the operator: what it is, what to do. Returns `status`."""
-    next_step = f"\n  next: {hint}" if hint else ""
-    print(f"{program}: error: {message}{next_step}", file=sys.stderr)
+    next_step = f"\n  next: {printable(hint)}" if hint else ""
+    print(f"{program}: error: {printable(message)}{next_step}", file=sys.stderr)
     return status
 
 

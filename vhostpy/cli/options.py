@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from vhostpy.errors import ConfigError
 from vhostpy.fds import SOCKET_PATH_MAX
+from vhostpy.lines import printable
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 TIME_UNITS_US = {"": 1, "us": 1, "ms": 1_000, "s": 1_000_000}
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
         text, _, hint = message.partition("\n")
         if not hint and "required" in text:
             hint = f"e.g. {self._example}"
-        self.exit(2, f"{self.prog}: error: {text}\n  next: {hint or f'see {self.prog} --help'}\n")
+        hint = printable(hint) or f"see {self.prog} --help"
+        self.exit(2, f"{self.prog}: error: {printable(text)}\n  next: {hint}\n")
 
 
 def bad(message: str, hint: str = "") -> argparse.ArgumentTypeError:

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vhostpy import control
 from vhostpy.errors import ConfigError
+from vhostpy.lines import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,9 +48,17 @@ def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()
     from rich import box
     from rich.table import Table
 
-    empty = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    class Listing(Table):
+        """Whatever is put into it is shown as it is, as `cell` does."""
+
+        def add_row(self, *cells: Any, **settings: Any) -> None:
+            super().add_row(*map(cell, cells), **settings)
+
+    shown = None if title is None else cell(title)
+    empty = Listing(title=shown, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in columns:
-        empty.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if name in numbers else "left"
+        empty.add_column(cell(name), justify=side, overflow="fold")
     return empty
 
 
@@ -60,7 +69,7 @@ def show(*tables: Any) -> None:
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160))
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for item in tables:
-        console.print(item)
+        console.print(cell(item) if isinstance(item, str) else item)
 
 
 def cell(text: Any) -> Any:
@@ -68,14 +77,6 @@ def cell(text: Any) -> Any:
     from rich.text import Text
 
     return Text(printable(text))
-
-
-def printable(text: Any) -> str:
-    """Text from another process, without what could steer a terminal."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in str(text)
-    )
 
 
 def duration(seconds: float) -> str:
