@@ -30,6 +30,7 @@ from typing import Any, Self
 
 import msgpack
 
+from vhostpy import unixsocket
 from vhostpy.errors import ConfigError, VhostpyError
 from vhostpy.fds import SOCKET_PATH_MAX
 
@@ -171,8 +172,7 @@ class ControlServer:
     async def start(self) -> None:
         """Raises ConfigError where `path` can't be bound or another process serves there."""
         listener = bind(self.path)
-        status = self.path.lstat()
-        self._identity = (status.st_dev, status.st_ino)
+        self._identity = unixsocket.identity(self.path)
         self._server = await asyncio.start_unix_server(self._accept, sock=listener, limit=READ_SIZE)
 
     async def close(self) -> None:
@@ -185,9 +185,7 @@ class ControlServer:
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         with contextlib.suppress(OSError):
-            status = self.path.lstat()
-            if (status.st_dev, status.st_ino) == self._identity:
-                self.path.unlink()
+            unixsocket.remove_own(self.path, self._identity)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         client = asyncio.ensure_future(self._serve(reader, writer))
@@ -392,9 +390,9 @@ def is_alive(path: Path) -> bool:
 
 def remove_dead(path: Path) -> None:
     """Removes a socket, or a link to one, that nobody listens on; nothing else."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.lstat().st_mode) or path.is_symlink():
-            path.unlink()
+    unixsocket.remove_if(
+        path, lambda status: stat.S_ISSOCK(status.st_mode) or stat.S_ISLNK(status.st_mode)
+    )
 
 
 def _writable_directory() -> Path:

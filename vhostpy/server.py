@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
-from vhostpy import fds
+from vhostpy import fds, unixsocket
 from vhostpy.account import Account
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
@@ -80,6 +80,7 @@ class Server:
         self.failures = Failures(device.name)
         self._task: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
+        self._identity = (0, 0)  # of the socket file that we made
 
     async def start(self) -> None:
         """Listens, or starts to connect. Raises ConfigError where that can't be."""
@@ -96,6 +97,7 @@ class Server:
             self._task = loop.create_task(self._connect())
         else:
             self._listener = _listen(self.path or "", self.mode, self.group)
+            self._identity = unixsocket.identity(self.path or "")
             self._task = loop.create_task(self._accept(self._listener))
 
     async def close(self) -> None:
@@ -108,8 +110,8 @@ class Server:
         if self._listener is not None:
             fds.close_socket(self._listener, self.account)
             if self.path is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path)
+                with contextlib.suppress(OSError):
+                    unixsocket.remove_own(self.path, self._identity)
 
     def status(self) -> dict[str, Any]:
         """Where the handshake stands, for people and programs."""
@@ -471,11 +473,16 @@ def _listen(path: str, mode: int | None, group: str | None) -> socket.socket:
     # The socket gets its permissions before anybody can connect: bind, chmod, listen.
     try:
         sock.bind(path)
-        if mode is not None:
-            os.chmod(path, mode)
-        if gid is not None:
-            os.chown(path, -1, gid)
+        if mode is not None or gid is not None:
+            with unixsocket.just_bound(path) as name:
+                if gid is not None:
+                    os.chown(name, -1, gid)
+                if mode is not None:
+                    os.chmod(name, mode)
         sock.listen(16)
+    except ConfigError:
+        sock.close()
+        raise
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
@@ -515,7 +522,7 @@ def _remove_stale(path: str) -> None:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            unixsocket.remove_if(path, lambda status: stat.S_ISSOCK(status.st_mode))
             return
         except OSError:
             pass  # full backlog, or a socket of another type: somebody is there
