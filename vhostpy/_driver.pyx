@@ -18,11 +18,11 @@ from vhostpy._split cimport (
     split_driver_disarm, split_driver_publish, split_driver_start, split_reserve,
 )
 from vhostpy.memory cimport translate
-from vhostpy.notify cimport signal_eventfd
+from vhostpy.notify cimport signal_eventfd, start_watchdog
 
 import struct
 
-from vhostpy.errors import ProtocolError
+from vhostpy.errors import LEAVE_NON_BLOCKING, ProtocolError
 from vhostpy.layout import (alignments_of, check_base, check_size, first_base, is_packed,
                             sizes_of)
 
@@ -206,11 +206,17 @@ cdef class DriverVirtqueue:
         return result
 
     def kick(self, *, bint force=False) -> bool:
-        """Publishes what was added; kicks if the device asks for it, and says whether."""
-        cdef bint wanted = self.publish() or force
+        """Publishes what was added; kicks if the device asks for it, and says whether.
+
+        Raises ProtocolError where the kick fd, which the back-end holds too, would block us.
+        """
+        cdef bint wanted = self.publish() or force, done = True
         if wanted and self.ring.kick_fd >= 0:
             with nogil:
-                signal_eventfd(self.ring.kick_fd)
+                start_watchdog()
+                done = signal_eventfd(self.ring.kick_fd)
+        if not done:
+            raise ProtocolError("the back-end makes us wait at its kick fd", LEAVE_NON_BLOCKING)
         return wanted
 
     def used(self) -> list:

@@ -4,6 +4,8 @@
 SHARE_ON = "give QEMU -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem"
 # The same where some memory is shared, and some is not.
 SHARE_ALL = "give share=on to every memory backend of the guest, those of pc-dimm devices too"
+# Of an eventfd that two processes have: its O_NONBLOCK is both's.
+LEAVE_NON_BLOCKING = "the other end is at fault: it must leave shared eventfds non-blocking"
 
 
 class VhostpyError(Exception):

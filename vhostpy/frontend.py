@@ -11,6 +11,7 @@ and drives them by `DriverVirtqueue`. It sends nonsense just as well (`send_raw`
         queue.ring.kick()
 """
 
+import contextlib
 import os
 import select
 import socket
@@ -182,13 +183,20 @@ class FrontEnd:
 
     def receive(self) -> Message:
         """The next reply. TimeoutError where none comes, ConnectionError at the end."""
-        while True:
-            data, fds = receive(self.sock, self._decoder.wanted)
-            if not data:
-                raise ConnectionResetError("the back-end closed the connection")
-            messages = self._decoder.feed(data, fds)
-            if messages:
-                return messages[0]
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                # Of all of it: a back-end may send a byte at a time.
+                self.sock.settimeout(left)
+                data, fds = receive(self.sock, self._decoder.wanted)
+                if not data:
+                    raise ConnectionResetError("the back-end closed the connection")
+                messages = self._decoder.feed(data, fds)
+                if messages:
+                    return messages[0]
+        finally:
+            self.sock.settimeout(self.timeout_s)
+        raise TimeoutError(f"no whole reply in {self.timeout_s:g} s")
 
     def request(
         self,
@@ -275,6 +283,10 @@ class FrontEnd:
         answer = self.request(FrontEndRequest.GET_CONFIG, Config(offset, 0, bytes(size)))
         if not isinstance(answer, Config):
             raise Refused(f"GET_CONFIG: {size} bytes at {offset} were refused")
+        if answer.size != size:
+            raise ProtocolError(
+                f"GET_CONFIG: {answer.size} bytes were answered, {size} had been asked"
+            )
         return answer.data
 
     def set_config(self, offset: int, data: bytes, *, migration: bool = False) -> None:
@@ -332,12 +344,19 @@ class FrontEnd:
         asked = Inflight(0, 0, num_queues, queue_size)
         self.send_raw(encode(FrontEndRequest.GET_INFLIGHT_FD, asked))
         reply = self.receive()
-        if len(reply.fds) != 1:
+        area = reply.payload
+        if reply.request != FrontEndRequest.GET_INFLIGHT_FD or len(reply.fds) != 1:
             raise ProtocolError(f"{reply.name}: {len(reply.fds)} fds, expected 1")
+        file_size = os.fstat(reply.fds[0].fileno()).st_size
+        if not area.mmap_size or area.mmap_offset + area.mmap_size > file_size:
+            raise ProtocolError(
+                f"{reply.name}: {area.mmap_size} bytes at offset {area.mmap_offset} of a file of "
+                f"{file_size}"
+            )
         if self.inflight is not None:
             self.inflight[1].close()
         # The sizes that were asked for, as QEMU keeps them.
-        made = Inflight(reply.payload.mmap_size, reply.payload.mmap_offset, num_queues, queue_size)
+        made = Inflight(area.mmap_size, area.mmap_offset, num_queues, queue_size)
         self.inflight = made, reply.fds[0].move()
 
     def set_inflight(self) -> None:
@@ -467,5 +486,8 @@ def _eventfd() -> OwnedFd:
 def _wait_eventfd(fd: int, timeout_s: float) -> bool:
     if not select.select([fd], [], [], timeout_s)[0]:
         return False
-    os.eventfd_read(fd)
-    return True
+    # The back-end holds it too: it may have taken the event, and O_NONBLOCK.
+    with contextlib.suppress(BlockingIOError):
+        os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+        return True
+    return False

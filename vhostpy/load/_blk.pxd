@@ -40,6 +40,7 @@ cdef class BlkGenerator:
     cdef uint32_t phase    # written by control, read by the loop
     cdef uint32_t stopping
     cdef readonly int broken       # 1 + index of the queue whose ring cannot be trusted
+    cdef readonly bint deaf        # its kick fd blocks us
     # Settings, fixed while the loop runs.
     cdef bint random
     cdef bint verify

@@ -16,7 +16,6 @@ cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
-from posix.unistd cimport write
 
 from vhostpy._hw cimport (
     cpu_pause, load_acquire_u32, load_acquire_u64, prefetch_write, read_once_u8, read_once_u64,
@@ -26,6 +25,7 @@ from vhostpy._ring cimport DriverVirtqueue, UsedEntry
 from vhostpy._spec cimport DescriptorFlag, Feature
 from vhostpy.load._histogram cimport BINS, bin_of, value_of
 from vhostpy.memory cimport Segment, translate
+from vhostpy.notify cimport signal_eventfd, start_watchdog
 
 cdef enum:
     # virtio_blk_req: type, reserved, sector; then the data, then a byte of status.
@@ -229,11 +229,10 @@ cdef class BlkGenerator:
 
     cdef int submit(self, BlkQueue *queue, uint32_t phase) noexcept nogil:
         cdef uint16_t ids[PIECES * BURST_MOST]
-        cdef uint64_t now, one = 1
+        cdef uint64_t now
         cdef uint32_t index
         cdef int count = 0, limit
         cdef Slot *slot
-        cdef ssize_t _ignored
         if phase == BlkPhase.REST:
             return 0
         limit = min(<int>queue.free_count, self.burst)
@@ -252,7 +251,9 @@ cdef class BlkGenerator:
             count += 1
         if count and (<DriverVirtqueue>queue.ring).publish() and queue.kick_fd >= 0:
             queue.count.kicks += 1
-            _ignored = write(queue.kick_fd, &one, 8)
+            if unlikely(not signal_eventfd(queue.kick_fd)):
+                self.deaf = True
+                self.broken = 1 + <int>(queue - self.queues)
         return count
 
     cdef bint choose(self, Slot *slot, uint32_t phase) noexcept nogil:
@@ -366,6 +367,7 @@ cdef class BlkGenerator:
 
     def run(self) -> None:
         """Runs until stop(), or until a ring breaks; the caller's thread is the generator."""
+        start_watchdog()
         with nogil:
             self.loop()
 

@@ -62,6 +62,7 @@ cdef class NetGenerator:
     cdef uint32_t phase    # written by control, read by the loop
     cdef uint32_t stopping
     cdef readonly int broken       # 1 + index of the pair whose ring cannot be trusted
+    cdef readonly bint deaf        # a kick fd of it blocks us
     # Settings, fixed while the loop runs.
     cdef int touch
     cdef bint dirty
@@ -90,6 +91,7 @@ cdef class NetGenerator:
     cdef void loop(self) noexcept nogil
     cdef int turn(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil
     cdef int collect(self, Pair *pair, Side *side, UsedEntry *used) noexcept nogil
+    cdef void kick(self, Pair *pair, Side *side) noexcept nogil
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil
     cdef int send(self, Pair *pair, uint32_t limit, bint prime) noexcept nogil
     cdef uint64_t send_whole(self, Pair *pair, uint32_t count, bint prime) noexcept nogil

@@ -9,7 +9,6 @@ cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.unistd cimport write
 
 from vhostpy._hw cimport (
     cpu_pause, likely, load_acquire_u32, prefetch_read, prefetch_write, read_once_u16,
@@ -24,6 +23,7 @@ from vhostpy.load._frame cimport (
 )
 from vhostpy.load._histogram cimport BINS, bin_of, value_of
 from vhostpy.memory cimport Segment, translate
+from vhostpy.notify cimport signal_eventfd, start_watchdog
 
 cdef enum:
     PIECES = 64             # of one frame, at most
@@ -63,14 +63,6 @@ cdef inline void fetch(const uint8_t *at, uint32_t lines, bint own) noexcept nog
             prefetch_write(at + i * LINE)
         else:
             prefetch_read(at + i * LINE)
-
-
-cdef inline void kick(Pair *pair, Side *side) noexcept nogil:
-    cdef uint64_t one = 1
-    cdef ssize_t _ignored
-    if side.kick_fd >= 0:
-        pair.count.kicks += 1
-        _ignored = write(side.kick_fd, &one, 8)
 
 
 def mac(port: int, flow: int) -> bytes:
@@ -210,6 +202,13 @@ cdef class NetGenerator:
             return 0
         return count
 
+    cdef void kick(self, Pair *pair, Side *side) noexcept nogil:
+        if side.kick_fd >= 0:
+            pair.count.kicks += 1
+            if unlikely(not signal_eventfd(side.kick_fd)):
+                self.deaf = True
+                self.broken = 1 + <int>(pair - self.pairs)
+
     # Sending.
 
     cdef uint32_t allowance(self, Pair *pair, uint32_t phase, uint64_t now) noexcept nogil:
@@ -251,7 +250,7 @@ cdef class NetGenerator:
         else:
             bytes = self.send_long(pair, limit, prime)
         if (<DriverVirtqueue>side.ring).publish():
-            kick(pair, side)
+            self.kick(pair, side)
         if prime:
             pair.primes -= limit
         else:
@@ -392,7 +391,7 @@ cdef class NetGenerator:
         if spare:
             self.post(side, ids, spare)
             if (<DriverVirtqueue>side.ring).publish():
-                kick(pair, side)
+                self.kick(pair, side)
         return count
 
     cdef void look_at(self, Pair *pair, const UsedEntry *used, int count,
@@ -528,6 +527,7 @@ cdef class NetGenerator:
 
     def run(self) -> None:
         """Runs until stop(), or until a ring breaks; the caller's thread is the generator."""
+        start_watchdog()
         with nogil:
             self.loop()
 

@@ -172,6 +172,16 @@ def _wanted(plan: BlkPlan) -> int:
 
 
 def _check_config(plan: BlkPlan, config: DiskConfig) -> None:
+    block = config.block_bytes
+    if block < SECTOR or block & (block - 1):
+        raise ProtocolError(
+            f"the back-end says blk_size {block}, expected a power of two from {SECTOR} on"
+        )
+    if config.capacity_bytes >= 1 << 64:
+        raise ProtocolError(
+            f"the back-end says {config.capacity_bytes // SECTOR} sectors, "
+            "more than 64 bits can address"
+        )
     if plan.block_bytes % config.block_bytes or plan.block_bytes % SECTOR:
         raise ConfigError(
             f"{plan.socket}: requests of {plan.block_bytes} bytes on a disk with blocks of "

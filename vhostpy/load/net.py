@@ -3,6 +3,7 @@
 The loop itself is `_net`; this is what happens before, around and after it.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ HEADER = 12  # the virtio-net header of VERSION_1
 GAP = 256  # from a buffer's end to the next: at a stride of 2048 they would share cache sets
 TEACH_S = 10.0
 DRAIN_S = 0.1
+SETTLE_S = 5.0
 FULL_SHARE = 0.9  # of all bursts: from here on the generator is the limit
 PROTOCOL_FEATURES = 1 << ProtocolFeature.MQ | 1 << ProtocolFeature.REPLY_ACK
 # What to do where one of these is not offered.
@@ -215,9 +217,9 @@ def _line(a: Sample, b: Sample, elapsed_s: float) -> str:
 
 
 def _settle(runner: Runner) -> None:
-    """Until nothing arrives any more."""
-    before = -1
-    while (count := runner.sample().total("received")) != before:
+    """Until nothing arrives any more, or something always does."""
+    before, end = -1, time.monotonic() + SETTLE_S
+    while (count := runner.sample().total("received")) != before and time.monotonic() < end:
         before = count
         runner.wait(DRAIN_S)
 

@@ -1,6 +1,7 @@
 """What happens around a generator's loop: its thread, samples, the measured time."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from vhostpy.errors import ProtocolError, VhostpyError
+from vhostpy.errors import LEAVE_NON_BLOCKING, ProtocolError, VhostpyError
 from vhostpy.frontend import FrontEnd
 from vhostpy.load.report import Progress
 from vhostpy.load.target import hung_up
@@ -93,6 +94,8 @@ class Runner:
 
     def _loop(self) -> None:
         try:
+            # A signal has to find the main thread, where Python looks at it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
             if self.cpu is not None:
                 os.sched_setaffinity(0, {self.cpu})
             self.generator.run()
@@ -143,11 +146,21 @@ class Runner:
 
     def want_alive(self) -> None:
         """Raises where a back-end or the loop has ended."""
+        for path, front_end in zip(self.sockets, self.front_ends, strict=True):
+            if front_end.memory.poisoned:
+                raise ProtocolError(
+                    f"{path}: the guest's memory is gone, or was cut short",
+                    "the back-end is at fault: it must not shrink memory that it is sent",
+                )
         broken = self.generator.broken_pair
         if broken is not None:
-            port = self.generator.counters()[broken].get("port", 0)
+            path = self.sockets[self.generator.counters()[broken].get("port", 0)]
+            if self.generator.deaf:
+                raise ProtocolError(
+                    f"{path}: the back-end makes us wait at its kick fd", LEAVE_NON_BLOCKING
+                )
             raise ProtocolError(
-                f"{self.sockets[port]}: the back-end gave back a chain that it does not have",
+                f"{path}: the back-end gave back a chain that it does not have",
                 "the back-end is at fault: see what it says itself",
             )
         if not self._thread.is_alive():
