@@ -84,6 +84,9 @@ class Ring:
     err: OwnedFd | None = None
     stop_reason: StopReason | None = None
     broken: str = ""  # while it runs: why nothing is taken from it, and what helps
+    ran: bool = False  # at the addresses that it has
+    # It ran there and was stopped: they hold for the memory that was shared then.
+    spent: bool = False
 
     @property
     def started(self) -> bool:
@@ -102,7 +105,21 @@ class Ring:
     def advance(self, event: RingEvent) -> type[Effect] | None:
         """Moves on; returns which effect that has."""
         self.state, effect = RING[self.state, event]
+        if effect is StartRing:
+            self.ran, self.spent = True, False
+        elif event is RingEvent.STOP:
+            self.spent = self.ran
         return effect
+
+    def place(self, desc_uva: int | None, avail_uva: int | None, used_uva: int | None) -> None:
+        """Where it lies from now on; None: nobody knows."""
+        self.desc_uva, self.avail_uva, self.used_uva = desc_uva, avail_uva, used_uva
+        self.ran, self.spent = self.started, False
+
+    def forget_place(self) -> None:
+        """It waits for SET_VRING_ADDR."""
+        self.place(None, None, None)
+        self.log_used, self.used_log_gpa = False, 0
 
     def parts(self, packed: bool) -> list[RingPart]:
         """Where its areas lie; empty before SET_VRING_ADDR.
@@ -149,8 +166,7 @@ class Ring:
         """Back to the initial state, as after RESET_DEVICE; call and err fds stay."""
         self.enabled = False
         self.num = 0
-        self.desc_uva = self.avail_uva = self.used_uva = None
-        self.log_used, self.used_log_gpa = False, 0
+        self.forget_place()
         self.base = None
 
     def close_kick(self) -> None:

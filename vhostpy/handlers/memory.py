@@ -31,6 +31,7 @@ def set_mem_table(session: SessionState, message: Message) -> list[Effect]:
         raise ProtocolError("SET_MEM_TABLE: no memory regions", SHARE_ON)
     check_regions(message.name, regions)
     fds = tuple(fd.move() for fd in message.fds)
+    _forget_places(session)
     return _replace_memory(session, list(regions), SetMemory(regions, fds))
 
 
@@ -54,6 +55,7 @@ def rem_mem_reg(session: SessionState, message: Message) -> list[Effect]:
         return []  # the pair before has removed it
     region = session.regions[index]
     rest = session.regions[:index] + session.regions[index + 1 :]
+    _forget_places(session, region)
     return _replace_memory(session, rest, RemoveRegion(region))
 
 
@@ -63,6 +65,21 @@ def _find_region(session: SessionState, wanted: MemoryRegion) -> int | None:
         if (region.gpa, region.size, region.uva) == (wanted.gpa, wanted.size, wanted.uva):
             return i
     return None
+
+
+def _forget_places(session: SessionState, gone: MemoryRegion | None = None) -> None:
+    """Rings that were stopped lie nowhere, once the memory that they ran in (all of it, or
+    `gone`) is replaced: another guest's may be at the same addresses.
+
+    Such a ring waits for SET_VRING_ADDR. One that never ran keeps addresses that were sent
+    before the memory; one whose memory was taken away while it ran goes on where it was.
+    """
+    for ring in session.rings:
+        if not ring.spent:
+            continue
+        parts = ring.parts(bool(session.packed))
+        if gone is None or any(gone.uva <= p.uva < gone.uva + gone.size for p in parts):
+            ring.forget_place()
 
 
 def _replace_memory(

@@ -57,6 +57,48 @@ def test_ring_whose_memory_goes_stops_before_and_goes_on_when_it_is_back(talk, w
     assert talk.session.rings[0].kick is kick
 
 
+@pytest.mark.parametrize("way", ["slots", "table", "table, elsewhere"])
+@pytest.mark.parametrize("kick", ["after", "before"])
+def test_stopped_rings_addresses_go_with_the_memory_that_they_were_in(talk, way, kick):
+    """Of another guest, or of the same one after a reboot: the new memory may have anything
+    where the ring was, or nothing."""
+    talk.start()
+    talk.stop()
+    if kick == "before":
+        talk.say(R.SET_FEATURES, U64(FEATURES | LOG_ALL))  # the ring then waits for a log
+        assert talk.kick() == []
+    if way == "slots":
+        talk.remove(REGION)
+        effects = talk.add(REGION)
+    else:
+        effects = talk.table(FAR_REGION if "elsewhere" in way else REGION)
+    effects += talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
+    effects += talk.kick() if kick == "after" else []
+    assert StartRing(0) not in effects
+    assert "ring 0: waits for its addresses" in talk.session.status()["waits_for"]
+    there = {} if "elsewhere" not in way else {"uva": FAR_REGION.uva}
+    assert talk.address(**there) == [StartRing(0)]
+
+
+def test_stopped_rings_addresses_stay_where_its_memory_does(talk):
+    talk.start()
+    talk.stop()
+    talk.remove(FAR_REGION)
+    assert talk.kick() == [StartRing(0)]
+
+
+@pytest.mark.parametrize("before", ["never ran", "ran elsewhere"])
+def test_addresses_that_come_before_the_memory_stay(talk, before):
+    if before == "ran elsewhere":
+        talk.start()
+        talk.stop()
+        talk.table(FAR_REGION)
+    talk.num()
+    talk.address()
+    talk.table(REGION)
+    assert talk.kick() == [StartRing(0)]
+
+
 def test_region_is_removed_by_addresses_and_size_whatever_its_offset(talk):
     other = MemoryRegion(FAR_REGION.gpa, FAR_REGION.size, FAR_REGION.uva, 0x999000)
     assert talk.remove(other) == [RemoveRegion(FAR_REGION)]
