@@ -151,7 +151,10 @@ class SingleRegion:
 
 @dataclass(frozen=True, slots=True)
 class MemoryTable:
-    """All regions at once ("Multiple Memory regions description")."""
+    """All regions at once ("Multiple Memory regions description").
+
+    Some send more places than they fill: what lies in those is nothing.
+    """
 
     LAYOUT: ClassVar = Struct("=I4x")
     regions: tuple[MemoryRegion, ...]
@@ -166,11 +169,13 @@ class MemoryTable:
         count = cls.LAYOUT.unpack_from(payload)[0] if len(payload) >= least else 0
         if count > TABLE_REGIONS_MAX:
             raise ProtocolError(f"{count} memory regions, at most {TABLE_REGIONS_MAX} fit a table")
-        if len(payload) != least + count * size:
+        end = least + count * size
+        if len(payload) < end or (len(payload) - end) % size:
             raise ProtocolError(
-                f"{count} memory regions in {len(payload)} bytes, expected {least + count * size}"
+                f"{count} memory regions in {len(payload)} bytes, expected {end}, or room for "
+                "more regions"
             )
-        starts = range(least, len(payload), size)
+        starts = range(least, end, size)
         return cls(tuple(MemoryRegion.unpack(payload[at : at + size]) for at in starts))
 
     def pack(self) -> bytes:

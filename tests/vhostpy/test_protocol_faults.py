@@ -46,6 +46,16 @@ FAULTS = {
         2,
         "2 memory regions in 40 bytes, expected 72",
     ),
+    "a table with room for half a region": (
+        header(R.SET_MEM_TABLE, 56) + MemoryTable((REGION,)).pack() + bytes(16),
+        1,
+        "1 memory regions in 56 bytes, expected 40, or room for more regions",
+    ),
+    "a table with room for 9 regions": (
+        header(R.SET_MEM_TABLE, 8 + 9 * 32) + MemoryTable((REGION,)).pack() + bytes(256),
+        1,
+        "payload of 296 bytes",
+    ),
     "a count of 2**32 - 1": (
         header(R.SET_MEM_TABLE, 40) + b"\xff" * 40,
         1,
@@ -93,6 +103,19 @@ def test_wrong_form_is_an_error_that_says_so_and_closes_every_fd(wire, fd_count,
             decoder.feed(wire, fds)
     assert text in str(caught.value)
     assert all(fd.closed for fd in fds)
+
+
+@pytest.mark.parametrize("room", [2, 8])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_table_may_have_room_for_more_regions_than_it_names(count, room):
+    """User-mode Linux sends two places and fills one; what is left in the other is nothing."""
+    regions = (REGION,) * count
+    wire = header(R.SET_MEM_TABLE, 8 + 32 * room) + MemoryTable(regions).pack()
+    fds = eventfds(count)
+    (message,) = Decoder().feed(wire + b"\xa5" * 32 * (room - count), fds)
+    assert message.payload == MemoryTable(regions)
+    assert len(message.fds) == count
+    message.close()
 
 
 def test_size_is_refused_from_the_header_before_a_byte_of_payload_is_kept():
