@@ -1,11 +1,13 @@
-"""Files whose close() hangs: what a front-end may send to stop whoever closes it.
+"""Files whose close() or write() hangs: what a front-end may send to stop whoever uses it.
 
 `python -m tests.hanging DIRECTORY` serves a FUSE file there, `DIRECTORY/file`, that can be
-opened; fstat and close of it are never answered.
+opened; fstat, close and page faults of it are never answered. `python -m tests.hanging DIRECTORY
+FD` writes to FD what is in that file.
 """
 
 import contextlib
 import ctypes
+import mmap
 import os
 import socket
 import struct
@@ -13,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 LINGER_S = 20  # far longer than whoever waits for an answer has patience
 
@@ -38,6 +41,32 @@ def lingering_socket() -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def fuse_file(directory: Path) -> Iterator[int | None]:
     """An open file whose server hangs; None where this process may not mount."""
+    with _server(directory) as said:
+        yield os.open(directory / "file", os.O_RDWR) if said is not None else None
+
+
+@contextlib.contextmanager
+def held(directory: Path, fd: int) -> Iterator[bool]:
+    """Somebody writes to `fd` and has its lock, if it has one, until the end of the block;
+    False where this process may not mount."""
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(_server(directory))
+        if said is None:
+            yield False
+            return
+        command = [sys.executable, "-m", "tests.hanging", str(directory), str(fd)]
+        writer = subprocess.Popen(command, pass_fds=[fd])
+        assert said.readline() == b"page fault\n"
+        try:
+            yield True
+        finally:
+            stack.close()  # it ends no sooner, even if killed
+            writer.wait()
+
+
+@contextlib.contextmanager
+def _server(directory: Path) -> Iterator[IO[bytes] | None]:
+    """What the server says once it has mounted; None where it may not."""
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.hanging", str(directory)], stdout=subprocess.PIPE
     )
@@ -47,14 +76,14 @@ def fuse_file(directory: Path) -> Iterator[int | None]:
             yield None
             return
         try:
-            yield os.open(directory / "file", os.O_RDWR)
+            yield server.stdout
         finally:
             server.kill()  # whoever waits for it gets an error then
             subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
 # linux/fuse.h
-LOOKUP, GETATTR, OPEN, INIT = 1, 3, 14, 26
+LOOKUP, GETATTR, OPEN, READ, INIT = 1, 3, 14, 15, 26
 UNANSWERED = (2, 18, 25, 36)  # FORGET, RELEASE, FLUSH, INTERRUPT
 ROOT, FILE = 1, 2
 
@@ -69,7 +98,9 @@ def serve(directory: str) -> None:
     while True:
         request = os.read(fuse, 1 << 20)
         _, operation, unique, node = struct.unpack_from("<IIQQ", request)
-        if operation in UNANSWERED or (operation == GETATTR and node == FILE):
+        if operation == READ:
+            print("page fault", flush=True)
+        if operation in (*UNANSWERED, READ) or (operation == GETATTR and node == FILE):
             continue
         error, answer = 0, b""
         if operation == INIT:
@@ -90,5 +121,18 @@ def attributes(inode: int, mode: int) -> bytes:
     return struct.pack("<QQQQQQIIIIIIIIII", inode, 1 << 20, *[0] * 7, mode, 1, *[0] * 3, 4096, 0)
 
 
+def write(directory: str, fd: int) -> None:
+    """Not by mmap of Python: that asks for the file's size."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    file = os.open(f"{directory}/file", os.O_RDWR)
+    size, offset = ctypes.c_size_t(4096), ctypes.c_long(0)
+    where = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, offset)
+    libc.write(fd, ctypes.c_void_p(where), ctypes.c_size_t(8))
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    if len(sys.argv) == 2:
+        serve(sys.argv[1])
+    else:
+        write(sys.argv[1], int(sys.argv[2]))

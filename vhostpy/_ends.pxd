@@ -52,7 +52,8 @@ cdef struct ControlSide:
     uint8_t log_used        # what we write to the ring is logged, at the addresses below
     uint8_t lead            # of each chain: not read by the device, so prefetch what follows
     uint8_t ends_in_status  # a chain's last writable byte says how it went, and must
-    uint8_t unused[5]
+    uint8_t call_is_socket  # a Unix socket, or else an eventfd
+    uint8_t unused[4]
 
 cdef struct LoggedRange:
     uint64_t gpa

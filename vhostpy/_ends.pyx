@@ -1,7 +1,7 @@
 """What an end of a virtqueue does, however the ring is laid out: logs and notifies."""
 from vhostpy._hw cimport fence_full, unlikely
 from vhostpy.memory cimport log_mark
-from vhostpy.notify cimport ask_for_a_look, signal_eventfd
+from vhostpy.notify cimport ask_for_a_look, signal_eventfd, signal_socket
 
 # Our own invariant; sizeof is a constant, so this costs nothing but says it early.
 assert sizeof(WorkerSide) == 64 and sizeof(ControlSide) == 64
@@ -35,7 +35,9 @@ cdef void call_driver(Ring *ring) noexcept nogil:
     # write fails. Any failure is the other end's own: it is the one who hears nothing.
     if ring.control.call_fd >= 0 and not ring.worker.deaf:
         ring.worker.calls += 1
-        if unlikely(not signal_eventfd(ring.control.call_fd)):
+        if unlikely(ring.control.call_is_socket):
+            signal_socket(ring.control.call_fd)
+        elif unlikely(not signal_eventfd(ring.control.call_fd)):
             ring.worker.deaf = 1
             ask_for_a_look()
 

@@ -39,6 +39,7 @@ from vhostpy import _chain, _driver
 from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.layout import (alignments_of, check_base, check_size, first_base, part_names,
                             sizes_of)
+from vhostpy.notify import is_unix_socket
 
 # Python's names for what the .pxd takes from there (`import` can't say it: they are types).
 globals().update(ChainFault=_chain.ChainFault, DriverVirtqueue=_driver.DriverVirtqueue)
@@ -68,8 +69,8 @@ cdef class Virtqueue:
     """The back-end's end of one virtqueue.
 
     The workers' while `live`, else control's: all that changes it from Python wants it
-    held, and workers quiescent since. `call_fd` stays its giver's, who has made it
-    O_NONBLOCK: calling the driver must never block a worker.
+    held, and workers quiescent since. `call_fd` stays its giver's: a Unix socket, or an
+    eventfd that was made O_NONBLOCK, since calling the driver must never block a worker.
     """
 
     def __cinit__(self, GuestMemory memory not None, object size, object features, *,
@@ -86,7 +87,7 @@ cdef class Virtqueue:
         self.ring.control.in_order = features >> Feature.IN_ORDER & 1
         self.ring.control.event_idx = features >> Feature.EVENT_IDX & 1
         self.ring.control.indirect = features >> Feature.INDIRECT_DESC & 1
-        self.ring.control.call_fd = call_fd
+        self._set_call_fd(call_fd)
         self._place(memory, (desc_uva, avail_uva, used_uva))
         self.set_log(log, used_log_gpa)
         self.base = first_base(features) if base is None else base
@@ -394,7 +395,7 @@ cdef class Virtqueue:
         """A new fd to call the driver by, or -1. It is signalled once: a call may have
         gone to the old one while nobody listened."""
         self._want_held()
-        self.ring.control.call_fd = fd
+        self._set_call_fd(fd)
         self.ring.worker.deaf = 0
         self.notify()
 
@@ -402,6 +403,10 @@ cdef class Virtqueue:
         """Calls the driver, whether it asked for it or not."""
         with nogil:
             call_driver(self.ring)
+
+    def _set_call_fd(self, int fd):
+        self.ring.control.call_fd = fd
+        self.ring.control.call_is_socket = is_unix_socket(fd)
 
     def _want_held(self):
         if self.is_live():

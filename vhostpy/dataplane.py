@@ -24,7 +24,7 @@ from vhostpy.fds import OwnedFd, is_eventfd, kind_of
 from vhostpy.mapping import Mapping
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 from vhostpy.names import fault_name
-from vhostpy.notify import signal_once
+from vhostpy.notify import is_unix_socket, signal_once
 from vhostpy.payloads import MemoryRegion
 from vhostpy.protocol import BackEndRequest, encode
 from vhostpy.session import Session
@@ -273,11 +273,10 @@ class DataPlane:
         if self.backend_channel is None or not has_config:
             return False
         message = encode(BackEndRequest.CONFIG_CHANGE_MSG)
-        try:
-            # The front-end may have sent any file; only a socket can refuse to block.
-            channel = socket.socket(fileno=self.backend_channel.fileno())
-        except OSError:
+        # The front-end may have sent any file; of these only one kind never makes us wait.
+        if not is_unix_socket(self.backend_channel.fileno()):
             return False
+        channel = socket.socket(fileno=self.backend_channel.fileno())
         try:
             return channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(message)
         except OSError:
@@ -318,7 +317,7 @@ class DataPlane:
             avail_uva=state.avail_uva,
             used_uva=state.used_uva,
             base=state.base,
-            call_fd=_eventfd(state.call),
+            call_fd=_call_fd(state.call),
             log=dirty_log,
             used_log_gpa=used_log_gpa,
         )
@@ -375,7 +374,7 @@ class DataPlane:
         _close(replaced)
 
     def _set_call(self, index: int) -> None:
-        call_fd = _eventfd(self.session.rings[index].call)
+        call_fd = _call_fd(self.session.rings[index].call)
         with self._held([index]) as virtqueues:
             virtqueues[0].set_call(call_fd)
 
@@ -413,16 +412,25 @@ def _close(fd: OwnedFd | None) -> None:
         fd.close()
 
 
-def _eventfd(fd: OwnedFd | None) -> int:
+def _call_fd(fd: OwnedFd | None) -> int:
+    """The number of a call fd, -1 for none: an eventfd, or a Unix socket.
+
+    User-mode Linux gives sockets, since an eventfd raises no signal that it could wait for.
+    """
+    if fd is not None and is_unix_socket(fd.fileno()):
+        return fd.fileno()
+    return _eventfd(fd, "a call fd must be an eventfd or a Unix socket")
+
+
+def _eventfd(fd: OwnedFd | None, rule: str = "a kick or error fd must be an eventfd") -> int:
     """The number of a notification fd, -1 for none.
 
-    Only an eventfd will do: a worker writes to it, and a pipe or socket could be made to
-    block or to end it. Its blocking flag is cleared for the same reason.
+    Only an eventfd will do, for the reasons that `notify` gives. Its blocking flag is cleared.
     """
     if fd is None:
         return -1
     number = fd.fileno()
     if not is_eventfd(number):
-        raise ProtocolError(f"a kick, call or error fd must be an eventfd, not {kind_of(number)}")
+        raise ProtocolError(f"{rule}, not {kind_of(number)}", "see docs/front-ends.md")
     os.set_blocking(number, False)
     return number

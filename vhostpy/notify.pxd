@@ -1,7 +1,10 @@
-"""Signals to eventfds that somebody else holds too: none waits for long."""
+"""Signals to fds that somebody else holds too: none waits for long."""
 
 cdef bint signal_eventfd(int fd) noexcept nogil
 # Adds one. False: it would have waited, and was interrupted; do not try again.
+
+cdef void signal_socket(int fd) noexcept nogil
+# Sends a Unix socket the eight bytes that an eventfd would give its reader.
 
 cdef void ask_for_a_look() noexcept nogil
 # Wakes control: a ring broke, or its call fd blocks.

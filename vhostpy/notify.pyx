@@ -1,10 +1,14 @@
-"""Signals to eventfds that somebody else holds too: none waits for long.
+"""Signals to fds that somebody else holds too: none waits for long.
 
 Whoever receives an eventfd makes it O_NONBLOCK. But that flag belongs to the open file,
 which its sender has as well: he fills the counter, takes the flag away, and a write waits
 for ever, with all that its thread should do. No system call adds to an eventfd without
 regard to the flag. So each write is entered in a table while it is under way, and a
 watchdog thread interrupts those that it finds there twice.
+
+A Unix socket needs none of this: MSG_DONTWAIT is the call's own flag. Of what else can be
+written to nothing will do. Whoever writes to a pipe or a TCP socket from memory whose page
+fault nobody answers holds its lock meanwhile, and no flag and no signal helps who waits there.
 
 Knows file descriptors and threads; knows no ring and no session.
 """
@@ -19,6 +23,7 @@ cdef extern from *:
     #include <stdint.h>
     #include <string.h>
     #include <sys/eventfd.h>
+    #include <sys/socket.h>
     #include <sys/syscall.h>
     #include <time.h>
     #include <unistd.h>
@@ -74,6 +79,21 @@ cdef extern from *:
         error = write(fd, &one, sizeof one) < 0 ? errno : 0;
         __atomic_store_n(&slot->tid, 0, __ATOMIC_RELEASE);
         return error;
+    }
+
+    static void notify_send(int fd)
+    {
+        uint64_t one = 1;
+        /* What is full is readable already; what is closed hears nothing. */
+        (void)!send(fd, &one, sizeof one, MSG_DONTWAIT | MSG_NOSIGNAL);
+    }
+
+    /* Takes no lock that others can hold, as getsockname() would. */
+    static int notify_is_unix_socket(int fd)
+    {
+        int domain;
+        socklen_t size = sizeof domain;
+        return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX;
     }
 
     static void notify_interrupted(int number)
@@ -156,6 +176,8 @@ cdef extern from *:
     enum: EINTR
     int notify_attention
     int notify_write(int) nogil
+    void notify_send(int) nogil
+    bint notify_is_unix_socket(int) nogil
     void notify_interrupt(long) nogil
     void notify_mask() nogil
     int notify_start() nogil
@@ -168,6 +190,10 @@ if notify_attention < 0:
 
 cdef bint signal_eventfd(int fd) noexcept nogil:
     return notify_write(fd) != EINTR
+
+
+cdef void signal_socket(int fd) noexcept nogil:
+    notify_send(fd)
 
 
 cdef void ask_for_a_look() noexcept nogil:
@@ -184,6 +210,11 @@ cdef void interrupt_thread(long tid) noexcept nogil:
 
 cdef void only_faults_and_interrupts() noexcept nogil:
     notify_mask()
+
+
+def is_unix_socket(fd: int) -> bool:
+    """Whether it is one; asks nobody who could be slow to answer."""
+    return notify_is_unix_socket(fd)
 
 
 def attention_fd() -> int:

@@ -5,11 +5,13 @@ import contextlib
 import gc
 import logging
 import os
+import socket
 import struct
 from collections import Counter
 
 import pytest
 
+from tests.hanging import held, lingering_socket
 from tests.hostile.attacker import EVERYTHING, Attacker, eventfd
 from tests.hostile.victim import eventually
 from tests.serving import serving
@@ -31,6 +33,7 @@ from vhostpy.protocol import encode
 from vhostpy.server import Server
 from vhostpy.vswitch.switch import Switch
 
+DEADLINE_S = 10
 RINGS = 4
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.BLK_FLUSH | 1 << Feature.BLK_CONFIG_WCE
 LOG_ALL = 1 << Feature.LOG_ALL
@@ -64,6 +67,14 @@ def pipe():
     yield write
     os.close(read)
     os.close(write)
+
+
+@pytest.fixture
+def hung(tmp_path):
+    """Where a file system hangs."""
+    directory = tmp_path / "hung"
+    directory.mkdir()
+    return directory
 
 
 def connect(path: str, features: int = FEATURES) -> FrontEnd:
@@ -169,6 +180,72 @@ def test_an_error_fd_that_is_a_file_is_refused_and_the_file_left_alone(
         assert guest.end.hung_up()
         disconnected(server)
     assert file.read_text() == "precious data"
+
+
+def test_a_disk_calls_by_the_socket_that_its_front_end_gives(disk, path):
+    """As User-mode Linux does, before the ring starts and while it runs."""
+    call = struct.pack("=Q", 1)
+    server = Server(disk, path=path)
+    pairs = [socket.socketpair() for _ in range(2)]
+    with (
+        contextlib.ExitStack() as stack,
+        serving(server),
+        Attacker(path, start=False) as guest,
+    ):
+        (ours, theirs), (second, thirds) = [map(stack.enter_context, pair) for pair in pairs]
+        for end in (theirs, thirds):
+            end.settimeout(DEADLINE_S)
+        guest.queue.call.close()
+        guest.queue.call = OwnedFd(ours.detach())
+        guest.start()
+        assert guest.request() == 0
+        assert theirs.recv(8) == call
+        guest.end.request(R.SET_VRING_CALL, VringFile(0, True), [second.fileno()])
+        assert thirds.recv(8) == call  # the driver may have missed one
+        assert guest.request() == 0
+        assert thirds.recv(8) == call
+
+
+@pytest.mark.parametrize("what", ["pipe", "tcp"])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_call_fd_whose_writers_could_wait_for_ever_is_refused(
+    started, what, disk, path, hung, pipe
+):
+    """Its lock is held by somebody in a page fault: no flag helps who touches it."""
+    server = Server(disk, path=path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(serving(server))
+        fd = pipe if what == "pipe" else stack.enter_context(lingering_socket()).fileno()
+        if not stack.enter_context(held(hung, fd)):
+            pytest.skip("cannot mount FUSE: run as root")
+        guest = stack.enter_context(Attacker(path, start=started))
+        with pytest.raises(Refused):
+            guest.end.request(R.SET_VRING_CALL, VringFile(0, True), [fd])
+            assert not started
+            guest.start()
+        assert guest.end.hung_up()
+        disconnected(server)
+        with Attacker(path) as again:
+            assert again.request() == 0
+
+
+def test_a_channel_whose_writers_could_wait_for_ever_is_not_written_to(disk, path, hung):
+    server = Server(disk, path=path)
+    with (
+        serving(server) as loop,
+        Attacker(path) as guest,
+        lingering_socket() as channel,
+        held(hung, channel.fileno()) as holds,
+    ):
+        if not holds:
+            pytest.skip("cannot mount FUSE: run as root")
+
+        async def tell() -> bool:
+            return server.tell_config_changed()
+
+        guest.end.request(R.SET_BACKEND_REQ_FD, fds=[channel.fileno()])
+        assert loop.run(tell(), DEADLINE_S) is False
+        assert guest.request() == 0
 
 
 # Dirty log ---------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
-"""Eventfds that the other end makes block: whoever writes to one comes back soon."""
+"""Notification fds that the other end makes block: whoever writes to one comes back soon."""
 
 import contextlib
 import os
+import socket
+import struct
 import threading
 import time
 
 import pytest
 
+from tests.hanging import held, lingering_socket
 from tests.rings import Rings, events
 from vhostpy import notify
 from vhostpy.worker import Workers
@@ -62,6 +65,68 @@ def test_ring_whose_call_fd_blocks_is_deaf_and_asks_for_a_look(workers, fd, agai
         device.set_call(fd)
         assert not device.deaf
         assert os.eventfd_read(fd) == 1
+
+
+# Sockets -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def pair(request):
+    """Both ends block: the flag is the front-end's to set, and must not be looked at."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, request.param)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_a_socket_is_given_what_an_eventfd_gives_its_reader(pair):
+    ours, theirs = pair
+    with Rings(size=8) as rings:
+        device = rings.start(0, call_fd=ours.fileno())
+        rings.add([b"x"], [])
+        rings.driver.kick()
+        device.give([(device.take()[0], 0)])
+        assert theirs.recv(4096) == struct.pack("=Q", 1)
+        device.set_live(False)
+        device.set_call(ours.fileno())  # signalled once
+        device.set_live(True)
+        assert theirs.recv(4096) == struct.pack("=Q", 1)
+        assert ours.getblocking()
+
+
+def test_a_socket_that_nobody_reads_or_that_is_closed_holds_up_nobody(pair, workers):
+    ours, theirs = pair
+    with Rings(size=8) as rings:
+        device = rings.start(0, call_fd=ours.fileno())
+
+        def call():
+            for _ in range(5000):
+                device.notify()
+
+        within(DEADLINE_S, call)
+        assert theirs.recv(8) == struct.pack("=Q", 1)
+        theirs.close()
+        within(DEADLINE_S, call)
+        assert not device.deaf
+
+
+def test_a_socket_whose_sender_hangs_holds_up_nobody(pair, tmp_path, workers):
+    ours, theirs = pair
+    with held(tmp_path, ours.fileno()) as holds, Rings(size=8) as rings:
+        if not holds:
+            pytest.skip("needs the right to mount")
+        device = rings.start(0, call_fd=ours.fileno())
+        within(DEADLINE_S, device.notify)
+        assert theirs.recv(8) == struct.pack("=Q", 1)
+
+
+def test_which_fds_are_unix_sockets(pair, fd, tmp_path):
+    assert all(notify.is_unix_socket(end.fileno()) for end in pair)
+    assert not notify.is_unix_socket(fd)
+    assert not notify.is_unix_socket(-1)
+    with lingering_socket() as tcp, held(tmp_path, tcp.fileno()):
+        results = []
+        within(DEADLINE_S, lambda: results.append(notify.is_unix_socket(tcp.fileno())))
+        assert results == [False]
 
 
 def test_many_threads_that_hang_are_all_freed(workers):
