@@ -259,11 +259,12 @@ cdef class FileStorage(Storage):
         self.lock = threading.Lock()
 
     def __init__(self, path: str, read_only: bool = False, block_size: int = 512,
-                 share_rw: bool = False, *, image: Image | None = None) -> None:
+                 share_rw: bool = False, raw: bool = False, *,
+                 image: Image | None = None) -> None:
         if self.pool != NULL:
             raise TypeError("made already")
         self.image = image = image or open_image(
-            path, read_only=read_only, block_size=block_size, share_rw=share_rw)
+            path, read_only=read_only, block_size=block_size, share_rw=share_rw, raw=raw)
         self.pool = <Pool *>calloc(1, sizeof(Pool))
         if self.pool == NULL:
             self.image.close()

@@ -16,6 +16,7 @@ def open_file(
     block_size: int = 512,
     direct: bool = False,
     share_rw: bool = False,
+    raw: bool = False,
 ) -> Storage:
     """The image at `path`. Raises ConfigError where it cannot be served."""
     try:
@@ -26,12 +27,12 @@ def open_file(
         hint = "install liburing's headers (Debian: liburing-dev) and build it again"
     else:
         try:
-            return UringStorage(path, read_only, block_size, direct, share_rw)
+            return UringStorage(path, read_only, block_size, direct, share_rw, raw)
         except UringUnavailable as error:
             why = f"io_uring: {str(error).lower()}"
             hint = "see the sysctl kernel.io_uring_disabled, or a container's seccomp profile"
     if direct:
         raise ConfigError(f"{path}: O_DIRECT needs io_uring; {why}", f"{hint}; or leave --direct")
-    storage = FileStorage(path, read_only, block_size, share_rw)
+    storage = FileStorage(path, read_only, block_size, share_rw, raw)
     log.warning("%s: served by threads, which is slower: %s\n  next: %s", path, why, hint)
     return storage

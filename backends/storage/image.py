@@ -11,6 +11,7 @@ import stat
 from dataclasses import dataclass
 
 from vhostpy.backends.storage._storage import check_block_size
+from vhostpy.backends.storage.formats import format_of, how_to_serve
 from vhostpy.backends.storage.lock import lock_image, unlock_image
 from vhostpy.errors import ConfigError
 
@@ -61,8 +62,12 @@ def open_image(
     block_size: int = 512,
     direct: bool = False,
     share_rw: bool = False,
+    raw: bool = False,
 ) -> Image:
-    """Opens the image at `path`; raises ConfigError that says what to do."""
+    """Opens the image at `path`; raises ConfigError that says what to do.
+
+    `raw`: it is served as it is, whatever it looks like.
+    """
     path = os.fspath(path)
     check_block_size(block_size)
     fd = _open(path, read_only, direct)
@@ -71,6 +76,8 @@ def open_image(
         lock_image(fd, path, read_only=read_only, share_rw=share_rw)
         if not is_device:
             size = os.fstat(fd).st_size  # whoever had it may have changed it
+        if not raw:
+            _check_raw(fd, path, read_only)
         image = Image(path, fd, size, block_size, is_device, read_only)
         if direct:
             image.offset_alignment, image.memory_alignment = _alignment(fd, path)
@@ -128,6 +135,23 @@ def _size(fd: int, path: str) -> tuple[int, bool]:
     if stat.S_ISDIR(mode):
         raise ConfigError(f"{path}: a directory", "name a file in it")
     raise ConfigError(f"{path}: neither a regular file nor a block device", "name a disk image")
+
+
+def _check_raw(fd: int, path: str, read_only: bool) -> None:
+    """Raises ConfigError where the image says that it is in another format."""
+    with mmap.mmap(-1, ALIGNMENT_MAX) as head:  # aligned, as O_DIRECT wants it
+        try:
+            os.preadv(fd, [head], 0)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        found = format_of(head[:])
+    if found == "luks":
+        log.warning("%s: encrypted by LUKS; the guest sees it so, and needs the key", path)
+    elif found:
+        raise ConfigError(
+            f"{path}: a {found} image, which a guest would destroy: we serve raw ones",
+            how_to_serve(path, found, read_only),
+        )
 
 
 def _alignment(fd: int, path: str) -> tuple[int, int]:

@@ -84,15 +84,15 @@ cdef class UringStorage(Storage):
     cdef int channels           # open ones
 
     def __init__(self, path: str, read_only: bool = False, block_size: int = 512,
-                 direct: bool = False, share_rw: bool = False, *, alignment: int = 0,
-                 setup: int | None = None) -> None:
+                 direct: bool = False, share_rw: bool = False, raw: bool = False, *,
+                 alignment: int = 0, setup: int | None = None) -> None:
         if self.shared != NULL:
             raise TypeError("made already")
         chosen = choose_setup()
         self.setup = chosen if setup is None else max(chosen, setup)
         self.image = image = open_image(path, read_only=read_only, direct=direct,
                                         block_size=max(block_size, alignment),
-                                        share_rw=share_rw)
+                                        share_rw=share_rw, raw=raw)
         self.shared = <Shared *>calloc(1, sizeof(Shared))
         if self.shared == NULL:
             image.close()

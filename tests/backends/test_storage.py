@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,42 @@ def test_a_bad_image_gets_one_line_that_says_what_to_do(tmp_path):
     assert "neither" in refused(str(tmp_path / "pipe"), read_only=True)
     assert "less than one block" in refused(image(tmp_path / "empty.img", 0))
     assert "block size 513" in refused(image(tmp_path / "disk.img"), block_size=513)
+
+
+FORMATS = {
+    "qcow": b"QFI\xfb\0\0\0\1",
+    "qcow2": b"QFI\xfb\0\0\0\3",
+    "vmdk": b"KDMV\1\0\0\0",
+    "vmdk with its data elsewhere": b"# Disk DescriptorFile\nversion=1\n",
+    "vdi": b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0") + b"\x7f\x10\xda\xbe",
+    "vhdx": b"vhdxfile",
+    "vpc": b"conectix",
+    "qed": b"QED\0",
+    "parallels": b"WithoutFreeSpace",
+}
+
+
+@pytest.mark.parametrize("kind", [FileStorage, UringStorage, partial(UringStorage, direct=True)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_image_in_another_format_is_not_served_as_raw(tmp_path, name, kind):
+    path = tmp_path / "a disk"
+    path.write_bytes(FORMATS[name].ljust(4100, b"\0"))  # no whole number of blocks
+    for read_only in (False, True):
+        with pytest.raises(ConfigError, match=f"a {name.split()[0]} image, which") as caught:
+            kind(str(path), read_only=read_only)
+        assert f"-f {name.split()[0]} -k /tmp/nbd '{path}'" in caught.value.hint
+        assert ("qemu-nbd -t -r " in caught.value.hint) == read_only
+    storage = kind(str(path), raw=True)
+    assert storage.size_bytes == 4096
+    storage.close()
+
+
+def test_an_encrypted_image_is_served_and_said(tmp_path, caplog):
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"LUKS\xba\xbe".ljust(512, b"\0"))
+    with caplog.at_level(logging.WARNING, "vhostpy"):
+        FileStorage(str(path)).close()
+    assert "encrypted by LUKS" in caplog.text
 
 
 def test_a_read_only_file_opens_only_read_only():

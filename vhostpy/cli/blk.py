@@ -46,10 +46,10 @@ def main(arguments: list[str], program: str) -> int:
     check_process_flags(parser, options)
     if options.null is not None and options.read_only:
         parser.error("--null has no contents to protect\nleave --read-only")
-    if options.direct and options.file is None:
-        parser.error("--direct is for --file\nleave it")
-    if options.share_rw and options.file is None:
-        parser.error("--share-rw is for --file\nleave it")
+    for flag in ("direct", "share_rw", "raw"):
+        if getattr(options, flag) and options.file is None:
+            name = "--" + flag.replace("_", "-")
+            parser.error(f"{name} is for --file\nleave it")
     size = options.ram or options.null or 0
     if size % options.block_size:
         whole = -(-size // options.block_size) * options.block_size
@@ -94,6 +94,10 @@ def _parser(program: str) -> Parser:
         "--share-rw", action="store_true",
         help="--file may be open for writing elsewhere with this flag, too: for both ends of a "
         "live migration",
+    )  # fmt: skip
+    parser.add_argument(
+        "--raw", action="store_true",
+        help="--file is served as it is, though it begins as a qcow2, vmdk, ... image does",
     )  # fmt: skip
     parser.add_argument(
         "--serial", type=_serial, default="", action=Once,
@@ -160,6 +164,7 @@ def _open_storage(options: argparse.Namespace) -> Any:
             block_size=options.block_size,
             direct=options.direct,
             share_rw=options.share_rw,
+            raw=options.raw,
         )
     if options.uri is not None:
         return _open_uri(options.uri, options.read_only, options.block_size)

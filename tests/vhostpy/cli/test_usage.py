@@ -48,6 +48,7 @@ BAD_USAGE = {
     "odd block size": ("blk --socket s --ram 1G --block-size 3K", "one of 512, 1K, 2K, 4K"),
     "size not in blocks": ("blk --socket s --ram 512 --block-size 4K", "round it, e.g. to 4096"),
     "direct RAM": ("blk --socket s --ram 1G --direct", "--direct is for --file"),
+    "raw RAM": ("blk --socket s --ram 1G --raw", "--raw is for --file"),
     "no requests": ("blk --socket s --ram 1G --iops 0", "'0' is out of range"),
     "a rate of a switch": ("net --socket s --iops 5", "unknown flag --iops"),
     "long serial": (f"blk --socket s --ram 1G --serial {'1' * 21}", "at most 20 printable ASCII"),
@@ -92,6 +93,7 @@ FAILURES = {
     "no such server": ("blk --socket s --uri nbd://127.0.0.1:1/", "refused", "start the server"),
     "no such scheme": ("blk --socket s --uri ftp://host/", "no kind of", "nbd://localhost"),
     "empty image": ("blk --socket s --file empty.img", "0 bytes", "truncate -s"),
+    "qcow2 image": ("blk --socket s --file qcow2", "a qcow2 image", "qemu-nbd -t -f qcow2"),
     "socket in use": ("net --socket used", "used is in use by a running process"),
     "file in the way": ("net --socket empty.img", "empty.img exists and is not a socket"),
     "no such directory": ("net --socket none/s", "cannot listen on none/s", "create none first"),
@@ -112,6 +114,7 @@ def test_what_cannot_be_done_is_told_with_what_to_do(place, name):
     words, *texts = FAILURES[name]
     (place / "folder").mkdir()
     (place / "empty.img").touch()
+    (place / "qcow2").write_bytes(b"QFI\xfb\0\0\0\3")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind("dead")
         dead.listen()
@@ -121,7 +124,7 @@ def test_what_cannot_be_done_is_told_with_what_to_do(place, name):
         assert_told(run(*shlex.split(words)), 1, *texts)
     # Whatever had been made before the failure is gone again.
     left = {path.name for path in place.iterdir() if path.name != "vhostpy"}
-    assert left == {"folder", "empty.img", "used", "dead"}
+    assert left == {"folder", "empty.img", "qcow2", "used", "dead"}
     if (place / "vhostpy").exists():
         assert os.listdir(place / "vhostpy") == []
 
