@@ -62,10 +62,13 @@ class App:
         self._stop = asyncio.Event()
 
     async def run(self, listening: Callable[[], None] = lambda: None) -> None:
-        """Serves until SIGTERM or SIGINT; calls `listening` when every socket is there."""
+        """Serves until SIGTERM, SIGINT or SIGHUP; calls `listening` when every socket is there."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        # A terminal that goes away sends more than one, and none of them is in a hurry.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(signal.SIGHUP, self.stop)
         try:
             self.workers.start()
             for server in self.servers:

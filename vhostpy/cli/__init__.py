@@ -4,11 +4,12 @@ Each verb is a module of its own, imported only when it is asked for: what `stat
 to draw a table must not cost `net` its start.
 """
 
-import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from vhostpy.cli import output
 from vhostpy.errors import VhostpyError
 from vhostpy.lines import printable
 
@@ -42,29 +43,20 @@ DONE, FAILED, BAD_USAGE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program `vhostpy`; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words:
-        print(_help(), file=sys.stderr)
-        return BAD_USAGE
-    verb, *rest = words
-    if verb in ("-h", "--help", "help"):
-        print(_help())
-        return DONE
-    if verb == "--version":
-        print("vhostpy", version())
-        return DONE
-    if verb not in VERBS:
-        return report("vhostpy", f"no verb {verb!r}", _nearest_verb(verb), BAD_USAGE)
-    return _run(verb, rest, f"vhostpy {verb}")
+    verb = words[0] if words else ""
+    if verb in VERBS:
+        return _run_verb(verb, words[1:], f"vhostpy {verb}")
+    return _guarded("vhostpy", lambda: _without_verb(words))
 
 
 def main_net(arguments: Sequence[str] | None = None) -> int:
     """The program `vhostpy-net`, for vhost-user description files."""
-    return _run("net", sys.argv[1:] if arguments is None else arguments, "vhostpy-net")
+    return _run_verb("net", sys.argv[1:] if arguments is None else arguments, "vhostpy-net")
 
 
 def main_blk(arguments: Sequence[str] | None = None) -> int:
     """The program `vhostpy-blk`, for vhost-user description files."""
-    return _run("blk", sys.argv[1:] if arguments is None else arguments, "vhostpy-blk")
+    return _run_verb("blk", sys.argv[1:] if arguments is None else arguments, "vhostpy-blk")
 
 
 def version() -> str:
@@ -80,25 +72,56 @@ def version() -> str:
 def report(program: str, message: str, hint: str, status: int) -> int:
     """An error for the operator: what it is, what to do. Returns `status`."""
     next_step = f"\n  next: {printable(hint)}" if hint else ""
-    print(f"{program}: error: {printable(message)}{next_step}", file=sys.stderr)
+    output.talk(f"{program}: error: {printable(message)}{next_step}\n")
     return status
 
 
-def _run(verb: str, arguments: Sequence[str], program: str) -> int:
+class Signalled(KeyboardInterrupt):
+    """Another signal that ends a command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def _without_verb(words: Sequence[str]) -> int:
+    verb = words[0] if words else ""
+    if not verb:
+        output.talk(_help() + "\n")
+        return BAD_USAGE
+    if verb == "help" and len(words) > 1:
+        return main([words[1], "--help"])
+    if verb in ("-h", "--help", "help"):
+        output.write(_help() + "\n")
+        return DONE
+    if verb == "--version":
+        output.write(f"vhostpy {version()}\n")
+        return DONE
+    return report("vhostpy", f"no verb {verb!r}", _nearest_verb(verb), BAD_USAGE)
+
+
+def _run_verb(verb: str, arguments: Sequence[str], program: str) -> int:
+    return _guarded(
+        program, lambda: import_module(f"vhostpy.cli.{verb}").main(list(arguments), program)
+    )
+
+
+def _guarded(program: str, work: Callable[[], int]) -> int:
+    """Does `work`; whatever ends it becomes an exit status."""
     try:
-        module = import_module(f"vhostpy.cli.{verb}")
-        status: int = module.main(list(arguments), program)
-        sys.stdout.flush()
-        return status
+        output.prepare()
+        return work()
+    except output.OutputError as error:
+        if error.broken:
+            return FAILED
+        return report(program, error.args[0], error.hint, FAILED)
     except VhostpyError as error:
         return report(program, error.args[0], error.hint, FAILED)
-    except BrokenPipeError:
-        # The reader of our output left (`vhostpy status | head`); the interpreter would
-        # complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return FAILED
-    except KeyboardInterrupt:
-        return FAILED
+    except KeyboardInterrupt as error:
+        # As a shell says it of a process that a signal ended.
+        return 128 + (error.number if isinstance(error, Signalled) else signal.SIGINT)
+    finally:
+        output.talk("")  # what it holds back would make the interpreter's exit status 120
 
 
 def _help() -> str:

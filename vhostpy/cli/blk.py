@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from vhostpy.cli import output
 from vhostpy.cli.options import (
     Once,
     Parser,
@@ -39,7 +40,7 @@ and the guest (its memory has to be shared):
 def main(arguments: list[str], program: str) -> int:
     """Serves until a signal; returns the exit status."""
     if "--print-capabilities" in arguments:  # vhost-user: all else is ignored then
-        print(json.dumps({"type": "block", "features": ["read-only", "blk-file"]}))
+        output.write(json.dumps({"type": "block", "features": ["read-only", "blk-file"]}) + "\n")
         return 0
     parser = _parser(program)
     options = parser.parse_args(arguments)

@@ -2,8 +2,10 @@
 
 import argparse
 import re
+import signal
 from typing import Any
 
+from vhostpy.cli import Signalled
 from vhostpy.cli.options import Once, Parser, bad, cpu_list, size_bytes, socket_path, whole
 
 EXAMPLE = """
@@ -53,6 +55,7 @@ def main(arguments: list[str], program: str) -> int:
     _check_flags(parser, options, kind)
     from vhostpy.load import report
 
+    signals = _heed_signals()
     progress = report.Progress(False if options.json else None)
     if kind == "net":
         from vhostpy.load import net
@@ -68,7 +71,25 @@ def main(arguments: list[str], program: str) -> int:
         print_json(result)
     else:
         _show(result)
-    return 1 if report.wrong(result) else 0
+    if report.wrong(result):
+        return 1
+    if signals:
+        raise Signalled(signals[0])
+    return 0
+
+
+def _heed_signals() -> list[int]:
+    """Has those that end us do so as Ctrl-C does: with the figures so far. Which have come."""
+    seen: list[int] = []
+
+    def end(number: int, _: Any) -> None:
+        seen.append(number)
+        raise Signalled(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+    return seen
 
 
 def _parser(program: str) -> Parser:

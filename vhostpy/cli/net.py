@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from vhostpy.cli import output
 from vhostpy.cli.options import (
     Once,
     Parser,
@@ -35,7 +36,7 @@ and for each guest (the memory has to be shared):
 def main(arguments: list[str], program: str) -> int:
     """Serves until a signal; returns the exit status."""
     if "--print-capabilities" in arguments:  # vhost-user: all else is ignored then
-        print(json.dumps({"type": "net", "features": []}))
+        output.write(json.dumps({"type": "net", "features": []}) + "\n")
         return 0
     parser = _parser(program)
     options = parser.parse_args(arguments)

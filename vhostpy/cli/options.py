@@ -3,9 +3,11 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from vhostpy.cli import output
 from vhostpy.errors import ConfigError
 from vhostpy.fds import SOCKET_PATH_MAX
 from vhostpy.lines import printable
@@ -28,6 +30,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
         commands = (line.strip() for line in example.splitlines())
         self._example = next(line for line in commands if line.startswith("vhostpy"))
 
@@ -43,6 +46,9 @@ class Parser(argparse.ArgumentParser):
                 near = get_close_matches(flag, self._option_string_actions, 1)
                 self.error(f"unknown flag {flag}" + (f"\ndid you mean {near[0]}?" if near else ""))
         return super().parse_args(args, namespace)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (output.write if file is sys.stdout else output.talk)(message)
 
     def error(self, message: str) -> NoReturn:
         """Exit status 2, without the usage that would hide the line that matters."""
@@ -69,6 +75,16 @@ class Once(argparse.Action):
             parser.error(f"{option_string} is given twice\ngive it once")
         seen.add(self.dest)
         setattr(namespace, self.dest, values)
+
+
+class _Version(argparse.Action):
+    """Looks it up only when it is asked for."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        from vhostpy.cli import version
+
+        output.write(f"{parser.prog} {version()}\n")
+        parser.exit()
 
 
 # Values ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from vhostpy import app
+from vhostpy.cli import output
 from vhostpy.errors import ConfigError
 
 
@@ -16,7 +17,10 @@ def serve(
     app.log_to_stderr(program, options.log_level)
     app.raise_fd_limit()
     try:
-        asyncio.run(_run(options, build))
+        # Not within the loop, whose first Ctrl-C waits for what it runs: an image's lock may
+        # take half a minute.
+        process = build(options)
+        asyncio.run(process.run(lambda: _say_listening(process) if options.json else None))
     except OSError as error:
         # A last net: what can be foreseen is a ConfigError with a better text.
         where = f"{error.filename}: " if error.filename else ""
@@ -26,11 +30,9 @@ def serve(
     return 0
 
 
-async def _run(options: argparse.Namespace, build: Callable[[argparse.Namespace], app.App]) -> None:
-    process = build(options)
-
-    def listening() -> None:
-        if options.json:
-            print(json.dumps(process.summary()), flush=True)
-
-    await process.run(listening)
+def _say_listening(process: app.App) -> None:
+    try:
+        output.write(json.dumps(process.summary()) + "\n")
+    except output.OutputError as error:
+        # Guests may be there already, or come all the same.
+        app.log.warning("%s; we serve all the same", error.args[0])

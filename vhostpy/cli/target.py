@@ -1,6 +1,7 @@
 """For verbs that talk to a running process: which one, and how the answer is shown."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vhostpy import control
+from vhostpy.cli import output
 from vhostpy.errors import ConfigError
 from vhostpy.lines import printable
 
@@ -39,8 +41,7 @@ def _target(options: argparse.Namespace) -> Path:
 
 def print_json(data: Any) -> None:
     """Data for programs, on standard output."""
-    json.dump(data, sys.stdout, indent=2)
-    print()
+    output.write(json.dumps(data, indent=2) + "\n")
 
 
 def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> "Table":
@@ -66,10 +67,18 @@ def show(*tables: Any) -> None:
     """Prints tables and lines for people; not cut to 80 columns where nobody looks."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 160))
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    terminal = sys.stdout.isatty()
+    width = None if terminal else int(os.environ.get("COLUMNS", 160))
+    # Not to standard output itself, whose errors rich would treat in its own way.
+    shown = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding, "backslashreplace")
+    console = Console(
+        file=shown, force_terminal=terminal, width=width,
+        highlight=False, markup=False, emoji=False,
+    )  # fmt: skip
     for item in tables:
         console.print(cell(item) if isinstance(item, str) else item)
+    shown.seek(0)
+    output.write(shown.read())
 
 
 def cell(text: Any) -> Any:

@@ -260,7 +260,8 @@ def _phases(plan: BlkPlan, runner: DiskRunner, config: DiskConfig, blocks: int) 
     first, last = runner.measure(plan.warmup_s, plan.seconds, partial(_line, plan))
     latencies = generator.latencies(False), generator.latencies(True)
     runner.rest()
-    if plan.verify and plan.reads < 1:
+    verified = plan.verify and (plan.reads == 1 or not runner.interrupted)
+    if verified and plan.reads < 1:
         runner.whole_pass(BlkPhase.CHECK, "read back")
     end = runner.sample()
     per_us = first.ticks["per_us"]
@@ -284,7 +285,8 @@ def _phases(plan: BlkPlan, runner: DiskRunner, config: DiskConfig, blocks: int) 
         "writes": end.total("writes"),
         "failed_requests": end.total("failed"),
         "corrupt_requests": end.total("corrupt"),
-        "verified": plan.verify,
+        "verified": verified,
+        "interrupted": runner.interrupted,
         "kicks": end.total("kicks"),
         "read_latency_us": report.spread(latencies[0], per_us),
         "write_latency_us": report.spread(latencies[1], per_us),

@@ -209,7 +209,8 @@ def _phases(plan: NetPlan, runner: Runner) -> dict[str, Any]:
     generator.enter(Phase.LISTEN)
     _settle(runner)
     end = runner.sample()
-    return _result(plan, runner.hugepages, first, last, start, end, latencies)
+    result = _result(plan, runner.hugepages, first, last, start, end, latencies)
+    return result | {"interrupted": runner.interrupted}
 
 
 def _line(a: Sample, b: Sample, elapsed_s: float) -> str:

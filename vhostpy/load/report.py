@@ -21,16 +21,21 @@ class Progress:
         """`text` is asked only if someone looks."""
         if self.wanted:
             line = text()
-            sys.stderr.write("\r" + line.ljust(self._width))
-            sys.stderr.flush()
+            self._write("\r" + line.ljust(self._width))
             self._width = len(line)
 
     def done(self) -> None:
         """Makes room for what comes next."""
         if self._width:
-            sys.stderr.write("\r" + " " * self._width + "\r")
-            sys.stderr.flush()
+            self._write("\r" + " " * self._width + "\r")
             self._width = 0
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:  # the terminal is gone
+            self.wanted = False
 
 
 def spread(bins: Sequence[tuple[int, int]], ticks_per_us: float) -> dict[str, Any]:
@@ -75,7 +80,8 @@ def lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     preempted = ""
     if result["generator_cpu_share"] < UNDISTURBED:
         preempted = f", and something else ran for {1 - result['generator_cpu_share']:.0%} of it"
-    return [*rows, ("time", f"{result['seconds']:.2f} s measured{preempted}")]
+    interrupted = ", then interrupted" if result["interrupted"] else ""
+    return [*rows, ("time", f"{result['seconds']:.2f} s measured{interrupted}{preempted}")]
 
 
 def _net_lines(result: dict[str, Any]) -> list[tuple[str, str]]:

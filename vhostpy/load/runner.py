@@ -73,6 +73,7 @@ class Runner:
         self.front_ends = front_ends
         self.cpu = cpu
         self.progress = progress or Progress()
+        self.interrupted = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="load")
 
@@ -119,16 +120,19 @@ class Runner:
         """The first and the last moment of the measured time; latencies are of it alone.
 
         `line` tells people of what was done between two moments, so many seconds after the
-        first.
+        first. Ctrl-C ends the measured time, and only a second one the run.
         """
         self.wait(warmup_s)
         self.generator.forget_latencies()
         first = previous = self.sample()
-        while (left := first.at_s + seconds - time.monotonic()) > 0:
-            self.wait(min(left, 1.0), step=1.0)
-            now = self.sample()
-            self.progress.show(partial(line, previous, now, now.at_s - first.at_s))
-            previous = now
+        try:
+            while (left := first.at_s + seconds - time.monotonic()) > 0:
+                self.wait(min(left, 1.0), step=1.0)
+                now = self.sample()
+                self.progress.show(partial(line, previous, now, now.at_s - first.at_s))
+                previous = now
+        except KeyboardInterrupt:
+            self.interrupted = True
         return first, self.sample()
 
     def wait(

@@ -146,6 +146,14 @@ def test_help_ends_in_an_example_whose_flags_exist(place, verb):
         assert "unknown flag --no-such-flag" in wrong.stderr
 
 
+def test_help_and_version_are_found_where_they_are_looked_for(place):
+    assert run("help", "net").stdout == run("net", "--help").stdout
+    assert run("help").stdout == run("--help").stdout
+    version = run("--version").stdout.split()[1]
+    assert run("net", "--version").stdout == f"vhostpy net {version}\n"
+    assert_told(run("help", "nett"), 2, "no verb 'nett'", "did you mean 'vhostpy net'?")
+
+
 @pytest.mark.parametrize("verb", ["net", "blk"])
 def test_the_example_in_the_help_runs(place, verb):
     line = re.search(rf"^  vhostpy ({verb} .*)$", run(verb, "--help").stdout, re.MULTILINE)
