@@ -32,7 +32,7 @@ import msgpack
 
 from vhostpy import unixsocket
 from vhostpy.errors import ConfigError, VhostpyError
-from vhostpy.fds import SOCKET_PATH_MAX
+from vhostpy.fds import SOCKET_PATH_MAX, is_served
 
 log = logging.getLogger("vhostpy")
 
@@ -236,7 +236,7 @@ def bind(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _directory_lock(path.parent):
-            if is_alive(path):
+            if is_served(path):
                 raise ConfigError(
                     f"{path}: another process serves this control socket",
                     "stop it, or give this one another --control PATH",
@@ -346,7 +346,7 @@ def default_path(name: str) -> Path:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")
     name = name[-min(NAME_MAX, _room(directory)) :] or "vhostpy"
     path = directory / f"{name}.sock"
-    return directory / f"{name}-{os.getpid()}.sock" if is_alive(path) else path
+    return directory / f"{name}-{os.getpid()}.sock" if is_served(path) else path
 
 
 def running() -> dict[str, Path]:
@@ -356,7 +356,7 @@ def running() -> dict[str, Path]:
         with contextlib.suppress(OSError), _directory_lock(directory):
             _check_owner(directory)
             for path in sorted(directory.glob("*.sock")):
-                if is_alive(path):
+                if is_served(path):
                     found.setdefault(path.stem, path)
                 else:
                     with contextlib.suppress(OSError):
@@ -373,19 +373,6 @@ def advertise(name: str, path: Path) -> Path | None:
             link.symlink_to(path.absolute())
         return link
     return None
-
-
-def is_alive(path: Path) -> bool:
-    """Somebody listens there."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(os.fspath(path))
-        except BlockingIOError:
-            return True  # its queue of connections is full
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EPERM)
-    return True
 
 
 def remove_dead(path: Path) -> None:
@@ -428,8 +415,8 @@ def _check_owner(directory: Path) -> None:
 def _directory_lock(directory: Path) -> Iterator[None]:
     """No two processes probe, remove and bind in `directory` at once.
 
-    Between bind() and listen() a socket looks dead: without this, a `status` at that
-    moment would remove it. Bounded, as anybody can lock a directory that he can read.
+    Without this, one could remove what another has just bound in place of a dead socket.
+    Bounded, as anybody can lock a directory that he can read.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

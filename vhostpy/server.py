@@ -517,16 +517,9 @@ def _remove_stale(path: str) -> None:
         raise ConfigError(
             f"cannot look at {path}: {os.strerror(error.errno or 0)}", "choose another path"
         ) from None
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            unixsocket.remove_if(path, lambda status: stat.S_ISSOCK(status.st_mode))
-            return
-        except OSError:
-            pass  # full backlog, or a socket of another type: somebody is there
-    raise ConfigError(
-        f"{path} is in use by a running process",
-        "stop that process, or choose another --socket",
-    )
+    if fds.is_served(path):
+        raise ConfigError(
+            f"{path} is in use by a running process",
+            "stop that process, or choose another --socket",
+        )
+    unixsocket.remove_if(path, lambda status: stat.S_ISSOCK(status.st_mode))

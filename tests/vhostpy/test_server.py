@@ -114,6 +114,21 @@ def test_what_is_not_a_dead_socket_is_left_alone(disk, workers, tmp_path):
     assert not path.exists()
 
 
+def test_who_finds_a_socket_in_use_leaves_no_trace_there(disk, workers, tmp_path, caplog):
+    path = str(tmp_path / "s")
+    other = Disk("other", RamStorage(1 << 20), workers, queues=4)
+    with caplog.at_level("DEBUG", "vhostpy"), serving(one := Server(disk, path=path)):
+        refuses(Server(other, path=path), "in use")
+        with FrontEnd(path) as guest:  # who came before has been accepted before
+            assert answers(guest) and one.sessions == 1
+            caplog.clear()
+            refuses(Server(other, path=path), "in use")
+            assert answers(guest)
+        with FrontEnd(path) as guest:
+            assert answers(guest) and one.sessions == 2
+    assert "refused" not in caplog.text
+
+
 def test_a_front_end_that_takes_no_answers_stops_only_itself(disk, workers, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.2)
     other = Disk("other", RamStorage(1 << 20), workers, queues=4)

@@ -13,6 +13,8 @@ from vhostpy.frontend import FrontEnd
 HUGE_PAGE = 2 << 20
 GUEST_BASE = 0x4000_0000  # where the generator's memory begins, as a guest sees it
 
+CONNECTED = b"03"  # proc(5), /proc/net/unix
+
 # A virtio-blk device has no meaning for these bits, each of which some net back-end offers.
 NET_ONLY = 1 << Feature.NET_MRG_RXBUF | 1 << Feature.NET_MQ | 1 << Feature.NET_MTU
 
@@ -44,9 +46,32 @@ def asked(front_end: FrontEnd, path: str) -> tuple[int, int]:
     except TimeoutError:
         hint = "a back-end serves one front-end at a time: end the other one"
         raise ConfigError(f"{path}: GET_FEATURES is not answered", hint) from None
+    except ConnectionError as error:
+        if _another_is_connected(front_end, path):
+            raise ConfigError(
+                f"{path}: another front-end is connected, and a back-end serves one at a time",
+                "end the other one, or give the load a socket of its own",
+            ) from None
+        hint = "see what the back-end says itself"
+        raise ConfigError(f"{path}: the handshake failed: {first_line(error)}", hint) from None
     except (OSError, ProtocolError) as error:
         hint = "is it a vhost-user socket on which the back-end listens?"
         raise ConfigError(f"{path}: the handshake failed: {first_line(error)}", hint) from None
+
+
+def _another_is_connected(front_end: FrontEnd, path: str) -> bool:
+    """Whether the back-end, which has just hung up on us, talks to somebody else.
+
+    Sockets that it has accepted bear its path.
+    """
+    front_end.close()
+    names = {os.fsencode(text) for text in (path, os.path.abspath(path), os.path.basename(path))}
+    with open("/proc/net/unix", "rb") as file:
+        for line in file:
+            fields = line.rstrip(b"\n").split(None, 7)
+            if len(fields) == 8 and fields[5] == CONNECTED and fields[7] in names:
+                return True
+    return False
 
 
 @contextmanager

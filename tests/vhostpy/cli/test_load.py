@@ -1,10 +1,13 @@
 """`vhostpy load`: what it sends, finds and shows."""
 
 import json
+import socket
+import subprocess
 
 import pytest
 
-from tests.vhostpy.cli.commands import Running, run
+from tests.vhostpy.cli.commands import DEADLINE_S, Running, assert_told, command, run
+from vhostpy.frontend import FrontEnd
 
 
 def test_packets_are_sent_between_two_ports(place):
@@ -41,6 +44,23 @@ def test_a_load_whose_requests_fail_says_so(place):
         result = run(*["load", "vb0", "--seconds", "0.2", "--warmup", "0.1", "--json"])
     assert result.returncode == 1
     assert json.loads(result.stdout)["failed_requests"] > 0
+
+
+def test_a_busy_socket_is_said_to_be_busy(place):
+    with Running("blk", "--socket", "vb0", "--ram", "8M"), FrontEnd("vb0") as other:
+        assert other.get_features()
+        told = "vb0: another front-end is connected"
+        assert_told(run("load", "vb0"), 1, told, "end the other one")
+        assert_told(run("load", "vb0", "--type", "blk"), 1, told, "end the other one")
+        assert other.get_features()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind("other")
+        listener.listen()
+        listener.settimeout(DEADLINE_S)
+        with subprocess.Popen(command("load", "other"), stderr=subprocess.PIPE, text=True) as load:
+            connection, _ = listener.accept()
+            connection.close()
+            assert "next: see what the back-end says itself" in load.stderr.read()
 
 
 @pytest.mark.parametrize(
