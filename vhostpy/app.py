@@ -228,7 +228,8 @@ class App:
 
     def _no_port(self, wanted: str) -> ConfigError:
         names = ", ".join(server.device.name for server in self.servers[:16])
-        return ConfigError(f"{self.name} has no port {wanted[:200]!r}", f"one of: {names}")
+        what = "port" if self.switch is not None else "disk"
+        return ConfigError(f"{self.name} has no {what} {wanted[:200]!r}", f"one of: {names}")
 
     # Private -------------------------------------------------------------------------
 

@@ -16,8 +16,10 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import glob
 import logging
 import os
+import pwd
 import re
 import socket
 import stat
@@ -47,6 +49,8 @@ HALF_REQUEST_S = 5.0  # for the rest of a request that has begun
 IDLE_S = 600.0  # between two requests
 SEND_S = 10.0  # for an answer to be taken
 CLIENT_S = 5.0  # how long our own client waits
+# Where other users' sockets are, and which part of the path names the user.
+OTHER_USERS = (("/run/user/*/vhostpy", -2), ("/tmp/vhostpy-*", -1))
 
 Handler = Callable[[Mapping[str, Any]], Any]
 
@@ -350,7 +354,10 @@ def default_path(name: str) -> Path:
 
 
 def running() -> dict[str, Path]:
-    """Name and control socket of every process that lives; removes what dead ones left."""
+    """Name and control socket of every process that lives; removes what dead ones left.
+
+    Root is also told of other users' processes; where names meet, as 'vu0@alice'.
+    """
     found: dict[str, Path] = {}
     for directory in directories():
         with contextlib.suppress(OSError), _directory_lock(directory):
@@ -361,7 +368,37 @@ def running() -> dict[str, Path]:
                 else:
                     with contextlib.suppress(OSError):
                         remove_dead(path)
+    for directory, owner in _other_users_directories():
+        for path in sorted(directory.glob("*.sock")):
+            # Nothing is removed here, and no link followed to what others serve.
+            with contextlib.suppress(OSError):
+                if path.stat().st_uid == owner and is_served(path):
+                    taken = path.stem in found
+                    found[f"{path.stem}@{_user_name(owner)}" if taken else path.stem] = path
     return found
+
+
+def _other_users_directories() -> Iterator[tuple[Path, int]]:
+    """With the user that must own each; none for who may not look there."""
+    if os.geteuid() != 0 or os.environ.get("VHOSTPY_RUNTIME_DIR"):
+        return
+    own = directories()
+    for pattern, at in OTHER_USERS:
+        for name in sorted(glob.glob(pattern)):
+            path = Path(name)
+            user = path.parts[at].removeprefix("vhostpy-")
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                theirs = stat.S_ISDIR(status.st_mode) and str(status.st_uid) == user
+                if theirs and path not in own:
+                    yield path, status.st_uid
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def advertise(name: str, path: Path) -> Path | None:

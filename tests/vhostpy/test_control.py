@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import pwd
 import socket
 import stat
 import tempfile
@@ -401,6 +402,34 @@ def test_running_lists_the_living_and_removes_the_dead(runtime, tmp_path):
         assert control.running() == {"vu0": runtime / "vu0.sock", "vb0": link}
         left = sorted(path.name for path in runtime.iterdir())
         assert left == ["notes.sock", "vb0.sock", "vu0.sock"]
+
+
+def test_root_is_told_of_other_users_processes(runtime, tmp_path, monkeypatch):
+    user = os.getuid()
+    theirs = tmp_path / f"vhostpy-{user}"
+    theirs.mkdir()
+    (tmp_path / "vhostpy-12345").mkdir()  # somebody else's name, not somebody else's directory
+    monkeypatch.delenv("VHOSTPY_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(control, "OTHER_USERS", ((f"{tmp_path}/vhostpy-*", -1),))
+    with (
+        Serving(control.default_path("vu0")),
+        Serving(theirs / "vu0.sock"),
+        Serving(theirs / "vu1.sock"),
+        Serving(tmp_path / "vhostpy-12345/vu2.sock"),
+    ):
+        leave_dead_socket(theirs / "dead.sock")
+        (theirs / "link.sock").symlink_to("/nowhere")
+        monkeypatch.setattr(os, "geteuid", lambda: 12346)
+        assert "vu1" not in control.running()
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        monkeypatch.setattr(control, "_check_owner", lambda directory: None)
+        name = pwd.getpwuid(user).pw_name
+        assert control.running() == {
+            "vu0": runtime / "vu0.sock",
+            f"vu0@{name}": theirs / "vu0.sock",
+            "vu1": theirs / "vu1.sock",
+        }
+        assert (theirs / "dead.sock").exists()
 
 
 def test_a_directory_that_somebody_else_owns_is_not_trusted(runtime, monkeypatch):

@@ -20,13 +20,13 @@ def main(arguments: list[str], program: str) -> int:
     parser.add_argument("--port", metavar="P", action=Once, help="only this port's entries")
     options = parser.parse_args(arguments)
     if options.action == "flush":
-        result = ask(options, "fdb_flush", port=options.port)
+        result = ask(options, "fdb_flush", kind="net", port=options.port)
         if options.json:
             print_json(result)
         else:
             show(f"{result['flushed']} entries flushed")
         return 0
-    entries = ask(options, "fdb", port=options.port)
+    entries = ask(options, "fdb", kind="net", port=options.port)
     if options.json:
         print_json({"entries": entries})
     else:

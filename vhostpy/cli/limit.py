@@ -22,7 +22,7 @@ def main(arguments: list[str], program: str) -> int:
     options = parser.parse_args(arguments)
     given = {"iops": options.iops, "bandwidth": options.bandwidth, "burst_us": options.burst}
     wanted = {name: str(value) for name, value in given.items() if value is not None}
-    limits = ask(options, "limit", port=options.port, **wanted)
+    limits = ask(options, "limit", kind="blk", port=options.port, **wanted)
     if options.json:
         print_json(limits)
     else:

@@ -295,8 +295,9 @@ def add_limit_flags(parser: Parser) -> None:
 def add_target_flags(parser: Parser) -> None:
     """The flags of verbs that talk to a running process."""
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="the process, as 'vhostpy status' lists it"
-    )
+        "name", nargs="?", metavar="NAME",
+        help="the process, as 'vhostpy status' lists it, or one of its ports",
+    )  # fmt: skip
     parser.add_argument(
         "--control", metavar="PATH", type=socket_path, action=Once,
         help="its control socket, instead of NAME",

@@ -16,7 +16,7 @@ def main(arguments: list[str], program: str) -> int:
     add_target_flags(parser)
     parser.add_argument("--port", metavar="P", action=Once, help="this disk, where there are many")
     options = parser.parse_args(arguments)
-    result = ask(options, "resize", port=options.port)
+    result = ask(options, "resize", kind="blk", port=options.port)
     if options.json:
         print_json(result)
         return 0

@@ -5,7 +5,7 @@ from typing import Any
 
 from vhostpy import control
 from vhostpy.cli.options import Parser, add_target_flags
-from vhostpy.cli.target import ask, cell, duration, percent, print_json, show, table
+from vhostpy.cli.target import LIST_TIMEOUT_S, ask, cell, duration, percent, print_json, show, table
 from vhostpy.errors import VhostpyError
 
 EXAMPLE = """
@@ -14,10 +14,6 @@ what runs; then one process, socket by socket
   vhostpy status vu0
   vhostpy status vu0 --json
 """
-
-# A process that hangs must not hold up the list of the others.
-LIST_TIMEOUT_S = 2.0
-
 
 def main(arguments: list[str], program: str) -> int:
     """Lists all processes, or shows one; returns the exit status."""

@@ -10,33 +10,100 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vhostpy import control
 from vhostpy.cli import output
-from vhostpy.errors import ConfigError
+from vhostpy.errors import ConfigError, VhostpyError
 from vhostpy.lines import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def ask(options: argparse.Namespace, verb: str, **arguments: Any) -> Any:
-    """The answer of the process that `options` means to the request `verb`."""
-    with control.Client(_target(options)) as client:
+# A process that hangs must not hold up what is asked of the others.
+LIST_TIMEOUT_S = 2.0
+KINDS = {"net": ("switch", "switches"), "blk": ("disk", "disks")}
+
+
+def ask(
+    options: argparse.Namespace, verb: str, *, kind: str | None = None, **arguments: Any
+) -> Any:
+    """The answer of the process that `options` means to the request `verb`.
+
+    `kind`: only a process of this kind can be meant.
+    """
+    with control.Client(_target(options, verb, kind)) as client:
         return client.ask(verb, **arguments)
 
 
-def _target(options: argparse.Namespace) -> Path:
-    if options.control is not None:
-        return Path(options.control)
-    running = control.running()
-    if options.name is not None:
-        if options.name in running:
-            return running[options.name]
-        hint = f"running: {', '.join(running)}" if running else "nothing runs; see vhostpy --help"
-        raise ConfigError(f"no vhostpy process is called {options.name!r}", hint)
-    if len(running) == 1:
+def _target(options: argparse.Namespace, verb: str, kind: str | None) -> Path:
+    """The one that has the name, the port and the kind. Raises ConfigError for none and many."""
+    named, running = _named(options)
+    if kind is None and len(running) == 1 and (named or options.name is None):
         return next(iter(running.values()))
+    known = _known(running)
+    if options.name is not None and not named:
+        known = {name: facts for name, facts in known.items() if _has_port(facts, options.name)}
+        if not known:
+            raise _nobody_called(options.name, running)
+    fits = {name: facts for name, facts in known.items() if kind in (None, facts["kind"])}
+    port = getattr(options, "port", None)
+    if len(fits) > 1 and port is not None:
+        fits = {name: f for name, f in fits.items() if _has_port(f, port)} or fits
+    if not fits:
+        assert kind is not None
+        raise _wrong_kind(verb.partition("_")[0], kind, known)
+    if len(fits) > 1:
+        what = "processes" if kind is None else KINDS[kind][1]
+        raise ConfigError(f"{len(fits)} {what} run", f"name one: {', '.join(fits)}")
+    return running[next(iter(fits))]
+
+
+def _named(options: argparse.Namespace) -> tuple[bool, dict[str, Path]]:
+    """Whether NAME or --control says which; that one, or all that run."""
+    if options.control is not None:
+        return True, {options.control: Path(options.control)}
+    running = control.running()
+    if options.name in running:
+        return True, {options.name: running[options.name]}
     if not running:
+        if options.name is not None:
+            raise _nobody_called(options.name, running)
         raise ConfigError("no vhostpy process runs", "start one; vhostpy --help has an example")
-    raise ConfigError(f"{len(running)} processes run", f"name one: {', '.join(running)}")
+    return False, running
+
+
+def _known(running: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What each says of itself. Raises what is wrong where none of them answers."""
+    known: dict[str, dict[str, Any]] = {}
+    failure: VhostpyError | None = None
+    for name, path in running.items():
+        try:
+            with control.Client(path, LIST_TIMEOUT_S) as client:
+                known[name] = client.ask("status")
+        except VhostpyError as error:
+            failure = error
+    if not known and failure is not None:
+        raise failure
+    return known
+
+
+def _has_port(facts: dict[str, Any], port: str) -> bool:
+    return any(port in (socket["name"], socket["socket"]) for socket in facts["sockets"])
+
+
+def _nobody_called(name: str, running: dict[str, Path]) -> ConfigError:
+    hint = f"running: {', '.join(running)}" if running else "nothing runs; see vhostpy --help"
+    return ConfigError(f"no process, port or disk is called {name!r}", hint)
+
+
+def _wrong_kind(verb: str, kind: str, known: dict[str, dict[str, Any]]) -> ConfigError:
+    wanted = KINDS[kind]
+    if len(known) == 1:
+        ((name, facts),) = known.items()
+        found = KINDS.get(facts["kind"], ("process",))[0]
+        text = f"{name} is a {found}, and {verb!r} is for {wanted[1]}"
+    else:
+        text = f"no {wanted[0]} runs, and {verb!r} is for {wanted[1]}"
+    hint = f"'vhostpy status' lists what runs; 'vhostpy {kind}' makes a {wanted[0]}"
+    return ConfigError(text, hint)
 
 
 def print_json(data: Any) -> None:

@@ -127,10 +127,23 @@ def test_the_forwarding_table_is_shown_and_flushed(place):
         assert_told(run("fdb", "flush", "--port", "vu7"), 1, "no port 'vu7'")
 
 
-def test_a_disk_has_no_forwarding_table(place):
+def test_what_is_for_switches_or_disks_finds_them(place):
     with Running("blk", "--socket", "vb0", "--ram", "1M"):
-        verbs = "one of: status, stats, workers, limit, resize"
-        assert_told(run("fdb", "show"), 1, "cannot do 'fdb'", verbs)
+        assert_told(run("fdb", "show"), 1, "vb0 is a disk, and 'fdb' is for switches")
+        assert_told(run("fdb", "show", "vb0"), 1, "vb0 is a disk, and 'fdb' is for switches")
+        with Running("net", "--socket", "vu0", "--socket", "vu1"):
+            assert run("fdb", "show").returncode == 0
+            assert "8M" in run("limit", "--bandwidth", "8M").stdout
+            assert "1M, as before" in run("resize").stdout
+            assert_told(run("limit", "vu1"), 1, "vu0 is a switch, and 'limit' is for disks")
+            with Running("net", "--socket", "vu2"):
+                assert_told(run("fdb", "show"), 1, "2 switches run", "name one: vu0, vu2")
+                flushed = json.loads(run("fdb", "flush", "--port", "vu1", "--json").stdout)
+                assert flushed == {"flushed": 0}
+                stats = json.loads(run("stats", "vu1", "--json").stdout)
+                assert [port["port"] for port in stats["ports"]] == ["vu0", "vu1"]
+                assert status_of("vu1")["name"] == "vu0"
+                assert_told(run("stats", "vu7"), 1, "is called 'vu7'", "vb0, vu0, vu2")
 
 
 def test_the_second_port_is_explained_once_where_there_is_one(place):
@@ -251,7 +264,7 @@ def test_a_limited_disk_does_what_it_may_and_says_how_long_it_took(place):
         # What waits for its turn waits with the guest: it is not the disk that is slow.
         assert 0 < read["p50_us"] <= read["p99_9_us"] <= read["max_us"]
         assert "99.9 % us" in run("stats").stdout
-        assert_told(run("limit", "--port", "vb7"), 1, "no port 'vb7'", "one of: vb0")
+        assert_told(run("limit", "--port", "vb7"), 1, "no disk 'vb7'", "one of: vb0")
 
 
 def test_a_disk_grows_with_its_image_and_never_shrinks(place):

@@ -102,7 +102,7 @@ FAILURES = {
     "control socket in use": ("net --socket s --control used", "another process serves"),
     "control in no directory": ("net --socket s --control none/c", "cannot make the control"),
     "no process": ("fdb show", "no vhostpy process runs"),
-    "no process of that name": ("stats vu9", "no vhostpy process is called 'vu9'"),
+    "no process of that name": ("stats vu9", "no process, port or disk is called 'vu9'"),
     "load on nothing": ("load no-such", "No such file", "start the back-end first"),
     "load on a dead socket": ("load dead", "Connection refused", "start the back-end again"),
     "dead control socket": ("status --control dead", "dead: cannot reach", "Connection refused"),
