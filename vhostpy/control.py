@@ -256,9 +256,11 @@ def bind(path: Path) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"{path}: a file is in the way of the control socket", "remove it"
-            ) from None
+            if path.is_dir():
+                what, hint = "a directory", f"name a file in it, e.g. {path / 'vhostpy.sock'}"
+            else:
+                what, hint = "a file", "remove it, or give --control another path"
+            raise ConfigError(f"{path}: {what} is in the way of the control socket", hint) from None
         raise ConfigError(
             f"{path}: cannot make the control socket: {error.strerror or error}",
             "give --control a path in a directory that exists and you may write to",

@@ -40,29 +40,29 @@ def describe(session: SessionState) -> dict[str, Any]:
 
 
 def _progress(session: SessionState) -> tuple[str, str]:
-    """Where it stands, and what comes next ("" when nothing has to)."""
+    """Where it stands, and what it waits for ("" for nothing)."""
     if session.ended:
         return "ended", ""
     if not session.messages:
-        return "connected", "waiting for the first message"
+        return "connected", "the first message"
     started = [ring for ring in session.rings if ring.started]
     running = [ring for ring in started if not ring.broken]
     broken = [ring for ring in started if ring.broken]
     pending = [f"ring {ring.index}: {ring.broken}" for ring in broken]
     pending += [
-        f"ring {ring.index}: waits for {session.missing(ring)}"
+        f"ring {ring.index}: {session.missing(ring)}"
         for ring in session.rings
         if ring.touched and not ring.started
     ]
     if started:
         disabled = [ring.index for ring in running if not ring.enabled]
         if disabled:
-            pending.append(f"rings {listed(disabled)}: wait for SET_VRING_ENABLE")
+            pending.append(f"rings {listed(disabled)}: SET_VRING_ENABLE")
         where = [f"ready: rings {listed(ring.index for ring in running)} run"] if running else []
         where += [f"rings {listed(ring.index for ring in broken)} are broken"] if broken else []
         return ", ".join(where), "; ".join(pending)
     if session.features is None:
-        return "negotiating", "waiting for SET_FEATURES"
+        return "negotiating", "SET_FEATURES"
     if not session.regions:
-        return "negotiated", f"waiting for SET_MEM_TABLE; {SHARE_ON}"
-    return "memory shared", "; ".join(pending) or "waiting for SET_VRING_KICK"
+        return "negotiated", f"SET_MEM_TABLE; {SHARE_ON}"
+    return "memory shared", "; ".join(pending) or "SET_VRING_KICK"

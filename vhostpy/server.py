@@ -118,9 +118,9 @@ class Server:
         connection = self.connection
         where = self.path if self.path is not None else f"fd {self.fd}"
         if connection is None:
-            waits = "for a front-end to listen" if self.client else "for a front-end to connect"
+            waits = "a front-end to listen" if self.client else "a front-end to connect"
             if self.account.closing.left:
-                waits = f"for {self.account.closing.left} files of earlier ones to be closed"
+                waits = f"{self.account.closing.left} files of earlier ones to be closed"
             handshake: dict[str, Any] = {"handshake": "not connected", "waits_for": waits}
         else:
             handshake = connection.session.status()

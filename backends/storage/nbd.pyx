@@ -33,6 +33,7 @@ import re
 import threading
 
 from vhostpy.backends.storage._storage import check_block_size
+from vhostpy.backends.storage.uris import library_of
 from vhostpy.errors import ConfigError
 
 cdef enum:
@@ -41,8 +42,6 @@ cdef enum:
     JOIN_S = 2
     SILENCE_S = 30
     GIVE_UP_S = 30
-
-SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock")
 
 log = logging.getLogger("vhostpy")
 
@@ -144,10 +143,8 @@ cdef class NbdStorage(Storage):
         if self.links:
             raise TypeError("made already")
         check_block_size(block_size)
-        scheme = uri.partition(":")[0]
-        if scheme not in SCHEMES:
-            raise ConfigError(f"{uri}: {scheme!r} is no kind of NBD",
-                              hint="e.g. nbd://localhost/export or nbd+unix:///?socket=/tmp/nbd")
+        if library_of(uri) != "libnbd":
+            raise ConfigError(f"{uri}: not for an NBD server")
         self.name = self.uri_text(uri)
         self.uri = uri.encode(errors="surrogateescape")
         self.silence_s, self.give_up_s = silence_s, give_up_s

@@ -327,7 +327,7 @@ def refused(uri, **options):
 def test_a_server_that_cannot_be_had_gets_one_line_that_says_what_to_do(tmp_path):
     assert "No such file" in refused(f"nbd+unix:///?socket={tmp_path}/missing")
     assert "refused" in refused("nbd://127.0.0.1:1/")
-    assert "no kind of NBD" in refused("http://127.0.0.1/")
+    assert "no kind of disk" in refused("http://127.0.0.1/")
     assert refused("nbd+unix://host-and-no-socket/")
     with Nbdkit(tmp_path, "memory", "0") as server:
         assert "less than one block" in refused(server.uri)

@@ -179,9 +179,10 @@ def _open_storage(options: argparse.Namespace) -> Any:
 
 
 def _open_uri(uri: str, read_only: bool, block_size: int) -> Any:
+    from vhostpy.backends.storage.uris import library_of
     from vhostpy.errors import ConfigError
 
-    library = "librbd" if uri.startswith("rbd:") else "libnbd"
+    library = library_of(uri)
     try:
         if library == "librbd":
             from vhostpy.backends.storage.rbd import RbdStorage

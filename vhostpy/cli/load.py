@@ -6,7 +6,17 @@ import signal
 from typing import Any
 
 from vhostpy.cli import Signalled
-from vhostpy.cli.options import Once, Parser, bad, cpu_list, size_bytes, socket_path, whole
+from vhostpy.cli.options import (
+    Once,
+    Parser,
+    bad,
+    cpu_list,
+    rate_per_s,
+    seconds,
+    size_bytes,
+    socket_path,
+    whole,
+)
 
 EXAMPLE = """
 packets between two ports of a switch, as fast as they go; then the same for a program
@@ -99,9 +109,9 @@ def _parser(program: str) -> Parser:
         "--type", choices=("net", "blk"), action=Once,
         help="default: as the back-end's features say",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=_seconds, default=5.0, action=Once,
+    parser.add_argument("--seconds", type=seconds, default=5.0, action=Once,
                         help="measured time (default: 5)")  # fmt: skip
-    parser.add_argument("--warmup", metavar="SECONDS", type=_seconds, default=0.5, action=Once,
+    parser.add_argument("--warmup", metavar="SECONDS", type=seconds, default=0.5, action=Once,
                         help="load before that (default: 0.5)")  # fmt: skip
     parser.add_argument("--queues", metavar="N", type=whole(1, 128), default=1, action=Once,
                         help="queue pairs, or a disk's queues (default: 1)")  # fmt: skip
@@ -126,7 +136,7 @@ def _net_flags(group: Any) -> None:
                        "(default: 64)")  # fmt: skip
     group.add_argument("--macs", metavar="N", type=whole(1, 65536), action=Once,
                        help="pairs of MAC addresses, used in turn (default: 1)")  # fmt: skip
-    group.add_argument("--rate", metavar="PPS", type=_rate, action=Once,
+    group.add_argument("--rate", metavar="PPS", type=rate_per_s, action=Once,
                        help="packets a second of all ports together, e.g. 1M "
                        "(default: as fast as possible)")  # fmt: skip
     group.add_argument("--latency", action="store_true",
@@ -260,28 +270,17 @@ def _show(result: dict[str, Any]) -> None:
 def _sizes(text: str) -> tuple[int, ...] | str:
     if text == "imix":
         return text
-    sizes = tuple(int(part) if part.isdecimal() else 0 for part in text.split(","))
     low, high = FRAME_RANGE
-    if len(text) > 10_000 or not all(low <= size <= high for size in sizes):
+    try:
+        sizes = tuple(map(size_bytes, text.split(","))) if len(text) < 10_000 else ()
+    except argparse.ArgumentTypeError:
+        sizes = ()
+    if not sizes or not all(low <= size <= high for size in sizes):
         raise bad(
             f"{text!r} is not a size of frames",
             f"{low} to {high} bytes, e.g. 64 or 64,1500, or imix",
         )
     return sizes
-
-
-def _rate(text: str) -> float:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([kKM]?)", text)
-    rate = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6}[match[2].lower()] if match else 0.0
-    if not 0 < rate <= 1e9:
-        raise bad(f"{text!r} is not a rate", "packets a second, e.g. 500K or 1.5M")
-    return rate
-
-
-def _seconds(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text) or float(text) == 0:
-        raise bad(f"{text!r} is not a time", "seconds, e.g. 2 or 0.5")
-    return float(text)
 
 
 def _queue_size(text: str) -> int:

@@ -13,7 +13,7 @@ from vhostpy.fds import SOCKET_PATH_MAX
 from vhostpy.lines import printable
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
-TIME_UNITS_US = {"": 1, "us": 1, "ms": 1_000, "s": 1_000_000}
+TIME_UNITS_US = {"us": 1, "ms": 1_000, "s": 1_000_000}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 POLL_WAYS = ("adaptive", "busy", "interrupt")
 WORKERS_MAX = 256
@@ -125,15 +125,35 @@ def microseconds(text: str) -> int:
     match = re.fullmatch(r"(\d{1,9})(us|ms|s)?", text.strip())
     if not match:
         raise bad(f"{text!r} is not a time", "microseconds or with a unit, e.g. 100us or 1ms")
-    time_us = int(match[1]) * TIME_UNITS_US[match[2] or ""]
+    time_us = int(match[1]) * TIME_UNITS_US[match[2] or "us"]
     if time_us > 1_000_000:
         raise bad(f"{text} is too long", "at most 1s")
     return time_us
 
 
+def seconds(text: str) -> float:
+    """'2', '0.5', '500ms'; a bare number is seconds."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)(us|ms|s)?", text.strip())
+    time_s = float(match[1]) * TIME_UNITS_US[match[2] or "s"] / 1e6 if match else 0.0
+    if not 0 < time_s <= 1e6:
+        raise bad(f"{text!r} is not a time", "seconds or with a unit, e.g. 2, 0.5 or 500ms")
+    return time_s
+
+
+def rate_per_s(text: str) -> float:
+    """'500K', '1.5M', '2000': things a second, in decimal units."""
+    match = re.fullmatch(r"(\d{1,10}(?:\.\d{1,6})?)([KMG]?)", text, re.IGNORECASE)
+    if not match:
+        raise bad(f"{text!r} is no rate", "a number a second, e.g. 2000, 500K or 1.5M")
+    rate = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2].upper()]
+    if not 0 < rate <= 1e9:
+        raise bad(f"{text} is out of range", "more than 0 and at most 1G")
+    return rate
+
+
 def requests_per_s(text: str) -> int:
-    """'5000'; 'none' is 0."""
-    return 0 if text == "none" else whole(1, 10**9)(text)
+    """'5000', '5K'; 'none' is 0."""
+    return 0 if text == "none" else max(round(rate_per_s(text)), 1)
 
 
 def bytes_per_s(text: str) -> int:
@@ -179,8 +199,10 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     """A whole number in [low, high]."""
 
     def number(text: str) -> int:
-        if not re.fullmatch(r"\d{1,10}", text) or not low <= int(text) <= high:
-            raise bad(f"{text!r} is out of range", f"a whole number from {low} to {high}")
+        if not re.fullmatch(r"-?\d{1,30}", text):
+            raise bad(f"{text!r} is no number", f"a whole number from {low} to {high}")
+        if not low <= int(text) <= high:
+            raise bad(f"{text} is out of range", f"a whole number from {low} to {high}")
         return int(text)
 
     return number
@@ -280,7 +302,7 @@ def add_limit_flags(parser: Parser) -> None:
     """The flags that `blk` and `limit` share."""
     parser.add_argument(
         "--iops", metavar="N", type=requests_per_s, action=Once,
-        help="requests a second, at most; none: as many as it can",
+        help="requests a second, at most, e.g. 5K; none: as many as it can",
     )  # fmt: skip
     parser.add_argument(
         "--bandwidth", metavar="SIZE", type=bytes_per_s, action=Once,

@@ -80,7 +80,7 @@ def _summary_cells(row: dict[str, Any]) -> list[Any]:
         str(row["sockets"]),
         str(row["connected"]),
         percent(row["busy_share"]),
-        cell("; ".join(map(_awaited, row["waits_for"])) or "nothing"),
+        cell("; ".join(row["waits_for"]) or "nothing"),
     ]
 
 
@@ -109,16 +109,11 @@ def _sockets(sockets: list[dict[str, Any]]) -> Any:
             cell(socket["name"]),
             cell(socket["socket"]),
             cell(socket["handshake"]),
-            cell(_awaited(socket["waits_for"])),
+            cell(socket["waits_for"] or "nothing"),
             cell(_rings(socket.get("rings", []))),
             str(socket["sessions"]),
         )
     return rows
-
-
-def _awaited(text: str) -> str:
-    """What stands below 'waits for': 'waiting for SET_FEATURES' would say it twice."""
-    return text.removeprefix("waiting ").removeprefix("for ") or "nothing"
 
 
 def _rings(rings: list[dict[str, Any]]) -> str:

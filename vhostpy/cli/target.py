@@ -133,6 +133,7 @@ def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()
 def show(*tables: Any) -> None:
     """Prints tables and lines for people; not cut to 80 columns where nobody looks."""
     from rich.console import Console
+    from rich.table import Table
 
     terminal = sys.stdout.isatty()
     width = None if terminal else int(os.environ.get("COLUMNS", 160))
@@ -143,9 +144,22 @@ def show(*tables: Any) -> None:
         highlight=False, markup=False, emoji=False,
     )  # fmt: skip
     for item in tables:
-        console.print(cell(item) if isinstance(item, str) else item)
+        item = cell(item) if isinstance(item, str) else item
+        needed = console.measure(item, options=console.options.update(max_width=10_000)).minimum
+        console.print(_tall(item) if isinstance(item, Table) and needed > console.width else item)
     shown.seek(0)
     output.write(shown.read())
+
+
+def _tall(wide: Any) -> "Table":
+    """A table as one block a row, a line for each column: words stay whole so."""
+    lines = table("", "", title=wide.title)
+    lines.show_header = False
+    for cells in zip(*(column.cells for column in wide.columns), strict=True):
+        for column, value in zip(wide.columns, cells, strict=True):
+            lines.add_row(str(column.header), value)
+        lines.add_section()
+    return lines
 
 
 def cell(text: Any) -> Any:

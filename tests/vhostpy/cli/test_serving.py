@@ -37,7 +37,7 @@ def test_status_says_where_each_handshake_stands(place):
         first, second = status_of("vu0")["sockets"]
         assert (first["socket"], first["connected"]) == ("vu0", False)
         assert (second["socket"], second["connected"]) == ("vu1", False)
-        assert first["waits_for"] == "for a front-end to connect"
+        assert first["waits_for"] == "a front-end to connect"
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front_end:
             front_end.connect("vu0")
             front_end.sendall(get_features())
@@ -170,7 +170,7 @@ def test_an_inherited_listening_socket_is_served(place):
 
 def test_a_client_finds_its_front_end_whenever_it_comes(place):
     with Running("net", "--socket", "vu0", "--client"):
-        assert status_of("vu0")["sockets"][0]["waits_for"] == "for a front-end to listen"
+        assert status_of("vu0")["sockets"][0]["waits_for"] == "a front-end to listen"
         for _ in range(2):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind("vu0")

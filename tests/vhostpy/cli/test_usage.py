@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from tests.vhostpy.cli.commands import Running, assert_told, run
-from vhostpy.cli import VERBS, options
+from vhostpy.cli import VERBS, blk, load, options
+from vhostpy.errors import ConfigError
 
 GIB = 1 << 30
 
@@ -49,11 +50,13 @@ BAD_USAGE = {
     "size not in blocks": ("blk --socket s --ram 512 --block-size 4K", "round it, e.g. to 4096"),
     "direct RAM": ("blk --socket s --ram 1G --direct", "--direct is for --file"),
     "raw RAM": ("blk --socket s --ram 1G --raw", "--raw is for --file"),
-    "no requests": ("blk --socket s --ram 1G --iops 0", "'0' is out of range"),
+    "no requests": ("blk --socket s --ram 1G --iops 0", "0 is out of range"),
     "a rate of a switch": ("net --socket s --iops 5", "unknown flag --iops"),
     "long serial": (f"blk --socket s --ram 1G --serial {'1' * 21}", "at most 20 printable ASCII"),
     "no queues": ("net --socket s --queues 0", "a whole number from 1 to 128"),
     "too many queues": ("blk --socket s --ram 1G --queues 257", "a whole number from 1 to 256"),
+    "an fd that is no number": ("net --fd abc", "'abc' is no number"),
+    "queues that are no number": ("net --socket s --queues 1k", "'1k' is no number"),
     "bad processors": ("net --socket s --cpus 0,x", "is not a list of processors"),
     "backward processors": ("net --socket s --cpus 1-0", "write 0-1"),
     "processor that is not ours": ("net --socket s --cpus 9999", "choose from"),
@@ -72,8 +75,8 @@ BAD_USAGE = {
     "more senders than sockets": ("load --type net s --senders 2", "2 senders of 1 sockets"),
     "tiny frames": ("load --type net s --size 64,59", "60 to 65557 bytes"),
     "a mix that is none": ("load --type net s --size simix", "or imix"),
-    "no rate": ("load --type net s --rate 0", "packets a second, e.g. 500K"),
-    "no time": ("load --type net s --seconds 0", "seconds, e.g. 2 or 0.5"),
+    "no rate": ("load --type net s --rate 1Q", "a number a second, e.g. 2000"),
+    "no time": ("load --type net s --seconds 0", "seconds or with a unit"),
     "odd queue": ("load --type net s --queue-size 100", "a power of two from 2 to 32768"),
     "two processors": ("load --type net s --cpu 0,0", "a processor is named twice"),
     "bad log level": ("net --socket s --log-level loud", "invalid choice: 'loud'"),
@@ -92,6 +95,7 @@ FAILURES = {
     "unreadable image": ("blk --socket s --file folder", "folder: "),
     "no such server": ("blk --socket s --uri nbd://127.0.0.1:1/", "refused", "start the server"),
     "no such scheme": ("blk --socket s --uri ftp://host/", "no kind of", "nbd://localhost"),
+    "a path for a URI": ("blk --socket s --uri disk.img", "no URI", "a file: --file"),
     "empty image": ("blk --socket s --file empty.img", "0 bytes", "truncate -s"),
     "qcow2 image": ("blk --socket s --file qcow2", "a qcow2 image", "qemu-nbd -t -f qcow2"),
     "socket in use": ("net --socket used", "used is in use by a running process"),
@@ -100,6 +104,7 @@ FAILURES = {
     "closed fd": ("net --fd 77", "--fd 77 is not an open socket"),
     "fd of a file": ("net --fd 0", "--fd 0 is not an open socket"),
     "control socket in use": ("net --socket s --control used", "another process serves"),
+    "directory for control": ("net --socket s --control .", "a directory is in the", "name a file"),
     "control in no directory": ("net --socket s --control none/c", "cannot make the control"),
     "no process": ("fdb show", "no vhostpy process runs"),
     "no process of that name": ("stats vu9", "no process, port or disk is called 'vu9'"),
@@ -127,6 +132,18 @@ def test_what_cannot_be_done_is_told_with_what_to_do(place, name):
     assert left == {"folder", "empty.img", "qcow2", "used", "dead"}
     if (place / "vhostpy").exists():
         assert os.listdir(place / "vhostpy") == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [("ftp://host/", "no kind of disk"), ("rbd:pool/image", "without librbd"),
+     ("nbds://host/", "without libnbd")],
+)  # fmt: skip
+def test_the_scheme_is_looked_at_before_a_library_is_missed(monkeypatch, uri, text):
+    for module in ("nbd", "rbd"):
+        monkeypatch.setitem(sys.modules, f"vhostpy.backends.storage.{module}", None)
+    with pytest.raises(ConfigError, match=text):
+        blk._open_uri(uri, False, 512)
 
 
 # Help and conventions ------------------------------------------------------------------
@@ -184,7 +201,29 @@ def test_the_program_of_one_type_names_itself(place, program):
     assert result.stderr.startswith(f"vhostpy-{program}: error: unknown flag --bad\n")
 
 
+def test_tables_in_a_narrow_terminal_keep_words_whole(place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with Running("net", "--socket", "vu0", "--socket", "vu1"):
+        for words, texts in (
+            (["status"], ["a front-end to connect", "connected"]),
+            (["status", "vu0"], ["front-end", "rings started"]),
+            (["stats"], ["from_guest_packets", "packets a poll", "polls with work"]),
+        ):
+            shown = run(*words).stdout
+            assert max(map(len, shown.splitlines())) <= 60
+            for text in texts:
+                assert text in shown, (text, shown)
+
+
 # Values --------------------------------------------------------------------------------
+
+
+def test_suffixes_are_understood_wherever_they_mean_something():
+    assert options.requests_per_s("5K") == 5000
+    assert options.rate_per_s("1.5m") == 1_500_000
+    assert options.seconds("500ms") == 0.5 == options.seconds("0.5")
+    assert options.microseconds("1ms") == 1000 == options.microseconds("1000")
+    assert load._sizes("64,9K") == (64, 9216)
 
 
 @pytest.mark.parametrize(

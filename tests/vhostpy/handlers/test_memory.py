@@ -50,7 +50,7 @@ def test_ring_whose_memory_goes_stops_before_and_goes_on_when_it_is_back(talk, w
     assert talk.answers == []
     assert not kick.closed
     status = talk.session.status()
-    assert "ring 0: waits for memory for its descriptor area" in status["waits_for"]
+    assert "ring 0: memory for its descriptor area" in status["waits_for"]
     back = talk.add(REGION) if way == "slots" else talk.table(REGION, FAR_REGION)
     assert back[-1] == StartRing(0)
     assert talk.session.rings[0].base == 17
