@@ -168,7 +168,7 @@ class Server:
                     fds.close_socket(sock, self.account)
                     continue
                 if not await self._all_closed(HANDOVER_S):
-                    self.failures.add(HANGING)
+                    self.failures.add("%s", HANGING)
                     fds.close_socket(sock, self.account)
                     continue
                 serving = loop.create_task(self._serve(sock))
@@ -184,7 +184,7 @@ class Server:
         while True:
             sock: socket.socket | None = None
             if not await self._all_closed(HANDOVER_S):
-                self.failures.add(HANGING)
+                self.failures.add("%s", HANGING)
                 await self._all_closed(None)
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -148,7 +148,9 @@ def _accounts(sockets: list[dict[str, Any]]) -> Any:
         numbers=("fds", "mappings", "addresses", "closing"),
     )  # fmt: skip
     for socket in sockets:
-        account = socket["account"]
+        account = socket.get("account")
+        if account is None:  # a process of an earlier version
+            continue
         mapped, share = (account[f"mapped_bytes{end}"] / (1 << 30) for end in ("", "_share"))
         rows.add_row(
             cell(socket["name"]),

@@ -75,7 +75,7 @@ def test_stopped_rings_addresses_go_with_the_memory_that_they_were_in(talk, way,
     effects += talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
     effects += talk.kick() if kick == "after" else []
     assert StartRing(0) not in effects
-    assert "ring 0: waits for its addresses" in talk.session.status()["waits_for"]
+    assert "ring 0: its addresses" in talk.session.status()["waits_for"]
     there = {} if "elsewhere" not in way else {"uva": FAR_REGION.uva}
     assert talk.address(**there) == [StartRing(0)]
 
