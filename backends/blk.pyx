@@ -16,6 +16,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 
 from vhostpy._hw cimport atomic_add_i64, load_acquire_u32, store_release_u32, ticks, unlikely
+from vhostpy._pollable cimport Conduct
 from vhostpy._ring cimport BURST, CHAIN_OK
 from vhostpy._timer cimport open_timer, set_timer
 from vhostpy.memory cimport GuestMemory, poison
@@ -48,7 +49,7 @@ cdef class DiskQueue(Pollable):
 
     def __cinit__(self, Virtqueue virtqueue not None, Storage storage not None, *,
                   bytes serial=b"", bint read_only=False, bint write_through=False,
-                  Workers workers=None, Limits limits=None):
+                  Workers workers=None, Limits limits=None, Conduct conduct=None):
         cdef uint32_t i
         self.timer_fd = -1
         if len(serial) > SERIAL_BYTES:
@@ -57,6 +58,8 @@ cdef class DiskQueue(Pollable):
         for i in range(<uint32_t>len(serial)):
             self.serial[i] = serial[i]
         virtqueue.set_ends_in_status()
+        if conduct is not None:
+            self.conduct = conduct
         self.virtqueue = virtqueue
         self.storage = storage
         self.workers = workers

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vhostpy._pollable import Conduct
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.backends._clear import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS
@@ -91,6 +92,7 @@ class Disk:
         self._rings: dict[int, _Ring] = {}
         self._past: dict[int, dict[str, Any]] = {}  # counters of rings that stopped
         self._past_latency: dict[str, Any] = {}
+        self._conduct = Conduct(name)
         self._limits = Limits()
         self._hung: list[DiskQueue] = []
         self._error_told = False
@@ -214,6 +216,7 @@ class Disk:
             write_through=self._write_through,
             workers=self.workers,
             limits=self._limits,
+            conduct=self._conduct,
         )
         try:
             if self._limits.any:

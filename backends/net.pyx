@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 
 from vhostpy._chain cimport is_one_writable, scratch_free, scratch_make
 from vhostpy._hw cimport (aligned_alloc, atomic_add_i64, likely, load_acquire_ptr, read_once_u32,
-                          spin_lock, spin_unlock, store_release_ptr, unlikely, write_once_u32)
+                          spin_lock_for, spin_unlock, store_release_ptr, unlikely, write_once_u32)
 from vhostpy._pollable cimport BUDGET_STEPS, Turn
 from vhostpy._port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
                             QueueCounters)
@@ -274,8 +274,8 @@ cdef class NetPort(Port):
         cdef Pair *pair = &self.pairs[max(index, 0)]
         cdef void *rx
         cdef int taken = count
-        if turn.shared:
-            spin_lock(&pair.lock)
+        if turn.lock_ticks and unlikely(not spin_lock_for(&pair.lock, turn.lock_ticks)):
+            return 0            # its holder waits for something: as if the buffers were full
         rx = load_acquire_ptr(&pair.rx)
         if unlikely(index < 0 or rx == NULL or not pair.rx_enabled
                     or not (<Virtqueue>rx).is_live()):
@@ -283,7 +283,7 @@ cdef class NetPort(Port):
         else:
             taken = self.fill(pair, frames, count)
             turn.steps -= <int32_t>pair.scratch.steps
-        if turn.shared:
+        if turn.lock_ticks:
             spin_unlock(&pair.lock)
         return taken
 
@@ -443,11 +443,11 @@ cdef class NetPort(Port):
 
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:
         cdef Pair *pair
-        if reason != Drop.DROP_RECEIVER_FULL:
+        if reason != Drop.DROP_RECEIVER_FULL and reason != Drop.DROP_RECEIVER_SLOW:
             self.pairs[queue].sent.drops[reason] += count
             return
         pair = &self.pairs[max(self.receiving_pair(queue), 0)]
-        # Without the lock: nobody else counts this reason.
+        # Without the lock: nothing else counts these reasons.
         atomic_add_i64(<int64_t *>&pair.received.drops[reason], count)
 
     def counters(self) -> list[dict]:

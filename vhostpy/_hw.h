@@ -130,6 +130,22 @@ static inline uint64_t ticks(void)
 #endif
 }
 
+/* spin_lock() for `limit` ticks; 0: somebody had it all the while. */
+static inline int spin_lock_for(uint32_t *lock, uint64_t limit)
+{
+    uint64_t start;
+    if (likely(!__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE)))
+        return 1;
+    start = ticks();
+    while (ticks() - start < limit) {
+        cpu_pause();
+        if (!__atomic_load_n(lock, __ATOMIC_RELAXED)
+            && !__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE))
+            return 1;
+    }
+    return 0;
+}
+
 /* ticks() after all loads before it: by itself it may be read long before they are done. */
 static inline uint64_t ticks_after_loads(void)
 {

@@ -27,6 +27,7 @@ cdef extern from "_hw.h" nogil:
     int64_t atomic_max_i64(int64_t *, int64_t)
     void cpu_pause()
     void spin_lock(uint32_t *)
+    bint spin_lock_for(uint32_t *, uint64_t limit)
     void spin_unlock(uint32_t *)
     void prefetch_read(const void *)
     void prefetch_write(const void *)

@@ -23,6 +23,12 @@ cdef extern from "<pthread.h>" nogil:
     pthread_t pthread_self()
     int pthread_setname_np(pthread_t thread, const char *name)
 
+cdef extern from "<sys/resource.h>" nogil:
+    struct rusage:
+        long ru_nvcsw
+    int getrusage(int who, rusage *)
+    int RUSAGE_THREAD
+
 cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
     int SIG_SETMASK

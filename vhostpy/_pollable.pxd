@@ -18,8 +18,24 @@ cdef struct Turn:
     int32_t frames         # output frames (copies of a flood count each) or requests
     int64_t bytes          # output bytes
     int32_t steps          # descriptors of chains that had to be walked
-    bint shared            # other workers reach the same ports: lock them
+    uint64_t lock_ticks    # how long to wait for what other workers lock; 0: there are none
+    bint apart             # of a worker for those whose memory is slow
     int worker             # index of the worker
+
+cdef inline uint64_t longer(uint64_t span, uint64_t stall) noexcept nogil:
+    """For how long whoever caused a stall is kept away, after `span` the last time: so that
+    it costs others a hundredth of their time at first, and then less and less."""
+    return min(max(span << 1, stall * 100), <uint64_t>1 << 41)
+
+cdef class Conduct:
+    # How the memory of one device has behaved: it outlives the device's rings. Written by
+    # the workers that poll them: what one of them loses by another does not matter.
+    cdef uint64_t until    # ticks(): it is suspected for so long
+    cdef uint64_t span     # how long that is
+    cdef bint apart        # control's: its rings are polled apart
+    cdef readonly str name
+    cdef bint strike(self, uint64_t since, uint64_t end) noexcept nogil
+    # A poll was blocked. True: once again.
 
 cdef class Pollable:
     # Something that a worker polls. All three run on the worker's thread.
@@ -29,8 +45,12 @@ cdef class Pollable:
     # Idle for a while: ask for a kick. True: work is there already, do not sleep.
     cdef void disarm(self) noexcept nogil
     # Polled again: no kicks needed.
+    cdef bint stalled(self, uint64_t since, uint64_t end) noexcept nogil
+    # A poll of it was blocked for that time. True: by what is its own, again: it has to go.
+    cdef Conduct conduct   # its device's
     cdef bint under_way    # poll's: work that it has begun will end by itself, without a kick
     cdef int slot          # control's: place in its worker's table; -1 when in none
     cdef object home       # control's: the Worker whose table it is in, or None
     cdef uint64_t busy_at  # worker's: ticks() of the last poll that found work
     cdef bint parked       # worker's
+    cdef bint banned       # worker's, until control has moved it: not polled any more

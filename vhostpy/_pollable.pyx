@@ -4,7 +4,22 @@ from libc.stdint cimport uint64_t
 from posix.unistd cimport write
 
 from vhostpy._chain cimport Scratch, scratch_free, scratch_make
-from vhostpy._hw cimport load_acquire_u64, store_release_u64, ticks
+from vhostpy._hw cimport clock_ns, cpu_pause, load_acquire_u64, store_release_u64, ticks
+
+
+cdef class Conduct:
+    """How the memory of one device, called `name`, has behaved."""
+
+    def __init__(self, str name=""):
+        self.name = name
+
+    cdef bint strike(self, uint64_t since, uint64_t end) noexcept nogil:
+        cdef bint again = since < self.until
+        if not again and end - self.until > self.span:
+            self.span = 0           # it was good for as long as it was suspected
+        self.span = longer(self.span, end - since)
+        self.until = end + self.span
+        return again
 
 
 cdef class Pollable:
@@ -12,6 +27,7 @@ cdef class Pollable:
 
     def __cinit__(self):
         self.slot = -1
+        self.conduct = Conduct()
 
     cdef int poll(self, Turn *turn) noexcept nogil:
         return 0
@@ -21,6 +37,9 @@ cdef class Pollable:
 
     cdef void disarm(self) noexcept nogil:
         pass
+
+    cdef bint stalled(self, uint64_t since, uint64_t end) noexcept nogil:
+        return self.conduct.strike(since, end)
 
     @property
     def is_parked(self) -> bool:
@@ -45,7 +64,8 @@ cdef class Pollable:
         turn.frames = BUDGET_FRAMES
         turn.bytes = BUDGET_BYTES
         turn.steps = BUDGET_STEPS
-        turn.shared = False
+        turn.lock_ticks = 0
+        turn.apart = False
         turn.worker = 0
         with nogil:
             found = self.poll(&turn)
@@ -65,6 +85,7 @@ cdef class Probe(Pollable):
     cdef uint64_t served        # by the worker
     cdef int jam_fd
     cdef readonly long jam_errno
+    cdef uint64_t burn_ns
 
     def __cinit__(self):
         self.jam_fd = -1
@@ -76,6 +97,10 @@ cdef class Probe(Pollable):
             if write(self.jam_fd, &one, sizeof(one)) < 0:
                 self.jam_errno = errno
             self.jam_fd = -1
+            return 1
+        if self.burn_ns:
+            self.spin(self.burn_ns)
+            self.burn_ns = 0
             return 1
         if self.served == wanted:
             return 0
@@ -99,9 +124,23 @@ cdef class Probe(Pollable):
         """What it will find is work of its own, under way from now on."""
         self.under_way = True
 
+    cdef void spin(self, uint64_t duration_ns) noexcept nogil:
+        cdef uint64_t start = clock_ns()
+        while clock_ns() - start < duration_ns:
+            cpu_pause()
+
     def jam(self, int fd) -> None:
         """The next poll writes to `fd`, which may block."""
         self.jam_fd = fd
+
+    def burn(self, duration_ms: int) -> None:
+        """The next poll takes that long, and gives the processor away for nothing."""
+        self.burn_ns = duration_ms * 1_000_000
+
+    @property
+    def jammed(self) -> bool:
+        """A poll that was told to has not come back."""
+        return self.jam_fd >= 0 or self.burn_ns > 0
 
     @property
     def idle(self) -> bool:

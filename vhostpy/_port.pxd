@@ -5,7 +5,7 @@ switch knows ports only by this interface; ports do not know the switch.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy.memory cimport Segment
-from vhostpy._pollable cimport Turn
+from vhostpy._pollable cimport Conduct, Turn
 from vhostpy._ring cimport Scratch
 
 cdef enum:
@@ -27,7 +27,8 @@ cpdef enum Drop:
     DROP_BUFFER_FAULT = 10     # receiver: its buffer is not guest memory, or malformed
     DROP_STOPPED = 11          # sender: its queue stopped while the frame waited for a
     #                            receiver, and later ones had been delivered already
-    DROPS = 12
+    DROP_RECEIVER_SLOW = 12    # receiver: writing to its memory blocked a worker, again
+    DROPS = 13
 
 # virtio 1.3, "Device Operation" of the network device: struct virtio_net_hdr
 cdef struct NetHeader:
@@ -57,10 +58,14 @@ cdef struct QueueCounters:
     uint64_t to_guest_bytes
     uint64_t drops[DROPS]
     uint64_t chain_faults[8]
+    uint64_t padding[7]
 
 cdef class Port:
     cdef readonly object name
     cdef public int index            # in the switch's table; -1 outside one
+    cdef readonly Conduct conduct    # as a sender
+    cdef readonly Conduct reception  # and as a receiver
+    cdef uint32_t slow               # writing to it has blocked a worker: ask `reception`
     cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil
     # Takes up to `limit` (<= BURST) frames that the guest sent on transmit queue `queue`,
     # in order; 0 when none; < 0 when the queue is broken and control should look at it.

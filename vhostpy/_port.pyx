@@ -1,13 +1,15 @@
 """The base class of ports; see `_port.pxd` for the contract."""
-from vhostpy._pollable cimport Turn
+from vhostpy._pollable cimport Conduct, Turn
 from vhostpy._ring cimport Scratch
 
 
 cdef class Port:
     """Where frames come from and go to; subclasses say how."""
 
-    def __cinit__(self):
+    def __cinit__(self, name="", *_, **__):
         self.index = -1
+        self.conduct = Conduct(str(name))
+        self.reception = Conduct(str(name))
 
     cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil:
         return 0

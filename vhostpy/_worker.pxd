@@ -30,6 +30,8 @@ cdef class Worker:
     cdef int timer_fd               # wakes it to look at what rests
     cdef bint may_sleep
     cdef bint shared                # there are others: what several reach is locked
+    cdef bint apart                 # for those whose memory is slow
+    cdef uint64_t stall_ticks       # a poll that lasts so long has been blocked, perhaps
     cdef uint64_t idle_ticks        # a pollable that found nothing for that long parks
     cdef uint64_t look_ticks        # between two looks at epoll while something is active
     cdef uint64_t rest_ticks        # between two looks at what rests, at most,
@@ -47,6 +49,7 @@ cdef class Worker:
     # When nothing was found for that long, those park that have work under way.
     cdef uint64_t spin
     cdef uint64_t spin_limit
+    cdef long switches              # voluntary ones of the thread, its own sleeps aside
     cdef bint slept_under_way       # one of them has, since the last sleep
     cdef long tid
     # Control's.
@@ -66,6 +69,10 @@ cdef class Worker:
     cdef void rest(self, Table *table, int at, uint64_t now) noexcept nogil
     cdef void look_at_resting(self, Table *table) noexcept nogil
     cdef void set_alarm(self) noexcept nogil
+    cdef void look_at_stall(self, Table *table, uint32_t slot, uint64_t since,
+                            uint64_t end) noexcept nogil
+    cdef void ban(self, Table *table, uint32_t slot) noexcept nogil
+    cdef void activate_slot(self, Table *table, uint32_t slot) noexcept nogil
     cdef void activate_all(self, Table *table) noexcept nogil
     cdef void activate(self, Table *table, uint64_t event) noexcept nogil
     cdef void wake(self) noexcept nogil

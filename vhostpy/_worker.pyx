@@ -31,12 +31,12 @@ from vhostpy._hw cimport (
 )
 from vhostpy._linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    EPOLL_CTL_MOD, epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, pthread_self,
-    pthread_setname_np,
+    EPOLL_CTL_MOD, RUSAGE_THREAD, epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd,
+    getrusage, pthread_self, pthread_setname_np, rusage,
 )
 from vhostpy._pollable cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS
 from vhostpy._timer cimport open_timer, set_timer
-from vhostpy.notify cimport interrupt_thread, only_faults_and_interrupts
+from vhostpy.notify cimport ask_for_a_look, interrupt_thread, only_faults_and_interrupts
 
 from vhostpy.errors import ProtocolError
 
@@ -55,6 +55,7 @@ cdef enum:
     REST_US = 1000
     LONG_US = 100_000
     TURN_US = 200
+    STALL_US = 2000
     BUSY_PARK_US = 1000             # poll="busy" parks too, so that idle ports cost nothing
     SPIN_SHRINKS = 6                # by so many powers of two at most
     STUCK_NS = 200_000_000          # a turn that lasts so long is blocked in a system call
@@ -75,6 +76,12 @@ cdef struct Table:
     uint32_t *active                # slots that are polled; from the end: those that rest
 
 cdef double rate = 0        # ticks a microsecond
+
+
+cdef long voluntary_switches() noexcept nogil:
+    cdef rusage usage
+    getrusage(RUSAGE_THREAD, &usage)
+    return usage.ru_nvcsw
 
 
 cdef void signal_fd(int fd) noexcept nogil:
@@ -109,6 +116,7 @@ cdef class Worker:
         self.rest_ticks = <uint64_t>(REST_US * rate)
         self.long_ticks = <uint64_t>(LONG_US * rate)
         self.turn_ticks = <uint64_t>(TURN_US * rate)
+        self.stall_ticks = <uint64_t>(STALL_US * rate)
         self.epoll_fd = self.wake_fd = self.timer_fd = -1
         scratch_make(&self.scratch)
         self.table = self.new_table(0)
@@ -137,6 +145,7 @@ cdef class Worker:
             only_faults_and_interrupts()
             pthread_setname_np(pthread_self(), text)
             self.tid = syscall(SYS_gettid)
+            self.switches = voluntary_switches()
             self.loop()
 
     cdef void loop(self) noexcept nogil:
@@ -171,6 +180,7 @@ cdef class Worker:
                 if self.resting_count > 0:
                     self.set_alarm()
                 count = epoll_wait(self.epoll_fd, events, EVENTS, -1)
+                self.switches = voluntary_switches()
                 if self.slept_under_way:
                     self.learn_from_sleep()
             else:
@@ -199,15 +209,18 @@ cdef class Worker:
         """Polls each active pollable once; returns how many found work."""
         cdef Turn turn
         cdef Entry *entry
+        cdef uint32_t slot
         cdef uint64_t start = ticks(), before = start, after, busy = 0
         cdef int64_t items = 0
         cdef int found, total = 0, i = self.cursor if self.cursor < self.active_count else 0
         cdef bint spun = self.may_sleep and start - self.found_at >= self.spin
         turn.scratch = &self.scratch
         turn.worker = self.index
-        turn.shared = self.shared
+        turn.lock_ticks = self.look_ticks if self.shared else 0
+        turn.apart = self.apart
         while i < self.active_count:
-            entry = &table.entries[table.active[i]]
+            slot = table.active[i]
+            entry = &table.entries[slot]
             turn.now = before
             turn.frames = BUDGET_FRAMES
             turn.bytes = BUDGET_BYTES
@@ -235,11 +248,15 @@ cdef class Worker:
                     self.slept_under_way |= (<Pollable>entry.pollable).under_way
                     self.active_count -= 1
                     table.active[i] = table.active[self.active_count]
+                after = ticks()
             else:
                 i += 1
-            before = after
             if after - start > self.turn_ticks:
+                if unlikely(after - before > self.stall_ticks):
+                    self.look_at_stall(table, slot, before, after)
+                before = after
                 break               # the rest goes on after a quiescent point
+            before = after
         self.cursor = i
         self.load.turns += 1
         if total > 0:
@@ -273,29 +290,63 @@ cdef class Worker:
         """They are active for a turn, and for longer if they find work: `busy_at` stays."""
         cdef int i, first = <int>table.slots - self.resting_count
         for i in range(self.resting_count):
-            table.active[self.active_count] = table.active[first + i]
-            self.active_count += 1
+            if not (<Pollable>table.entries[table.active[first + i]].pollable).banned:
+                table.active[self.active_count] = table.active[first + i]
+                self.active_count += 1
         self.resting_count = 0
 
     cdef void set_alarm(self) noexcept nogil:
         cdef int64_t left = <int64_t>(self.rested_until - ticks())
         set_timer(self.timer_fd, <int64_t>(max(left, 0) * 1000 / rate) + 1)
 
+    cdef void look_at_stall(self, Table *table, uint32_t slot, uint64_t since,
+                            uint64_t end) noexcept nogil:
+        """Whoever blocks a worker again and again leaves it: guest memory in which holes are
+        punched, or whose pages are fetched from a disk, makes its neighbours wait.
+
+        A thread that waits in a page fault gives its processor up; one that fills a huge page
+        with zeros, or was displaced by another, does not.
+        """
+        cdef long switches = voluntary_switches()
+        cdef bint blocked = switches != self.switches
+        self.switches = switches
+        if (blocked and (<Pollable>table.entries[slot].pollable).stalled(since, end)
+                and not self.apart):
+            self.ban(table, slot)
+
+    cdef void ban(self, Table *table, uint32_t slot) noexcept nogil:
+        """Polls it no more, and asks control to move it."""
+        cdef int i
+        (<Pollable>table.entries[slot].pollable).banned = True
+        for i in range(self.active_count):
+            if table.active[i] == slot:
+                self.active_count -= 1
+                table.active[i] = table.active[self.active_count]
+                break
+        ask_for_a_look()
+
+    cdef void activate_slot(self, Table *table, uint32_t slot) noexcept nogil:
+        cdef uint64_t start = ticks(), now = start
+        if (<Pollable>table.entries[slot].pollable).banned:
+            return
+        if (<Pollable>table.entries[slot].pollable).parked:
+            (<Pollable>table.entries[slot].pollable).parked = False
+            (<Pollable>table.entries[slot].pollable).disarm()
+            now = ticks()
+        (<Pollable>table.entries[slot].pollable).busy_at = now
+        table.active[self.active_count] = slot
+        self.active_count += 1
+        if unlikely(now - start > self.stall_ticks):
+            self.look_at_stall(table, slot, start, now)
+
     cdef void activate_all(self, Table *table) noexcept nogil:
-        cdef uint64_t now = ticks()
         cdef uint32_t slot
         self.active_count = 0
         self.resting_count = 0
         self.cursor = 0
         for slot in range(table.slots):
-            if table.entries[slot].pollable == NULL:
-                continue
-            if (<Pollable>table.entries[slot].pollable).parked:
-                (<Pollable>table.entries[slot].pollable).parked = False
-                (<Pollable>table.entries[slot].pollable).disarm()
-            (<Pollable>table.entries[slot].pollable).busy_at = now
-            table.active[self.active_count] = slot
-            self.active_count += 1
+            if table.entries[slot].pollable != NULL:
+                self.activate_slot(table, slot)
 
     cdef void activate(self, Table *table, uint64_t event) noexcept nogil:
         """An fd of a slot is readable; it may be late, and of a slot long gone."""
@@ -308,11 +359,7 @@ cdef class Worker:
             return
         if not (<Pollable>entry.pollable).parked:
             return
-        (<Pollable>entry.pollable).parked = False
-        (<Pollable>entry.pollable).disarm()
-        (<Pollable>entry.pollable).busy_at = ticks()
-        table.active[self.active_count] = slot
-        self.active_count += 1
+        self.activate_slot(table, slot)
 
     # Control's side. ---------------------------------------------------------------------
 
@@ -382,7 +429,7 @@ cdef class Worker:
         slot = (self.pollables.index(None) if None in self.pollables
                 else len(self.pollables))
         self.next_serial += 1
-        pollable.parked = False
+        pollable.parked = pollable.banned = False
         for i, fd in enumerate(fds):
             try:
                 self.watch_fd(fd, event_of(serial, slot))

@@ -27,6 +27,7 @@ from vhostpy.mapping import poison_fd
 from vhostpy.notify import attention_fd
 from vhostpy.protocol import Decoder, Message, encode_reply
 from vhostpy.session import Session
+from vhostpy.worker import Workers
 
 log = logging.getLogger("vhostpy")
 
@@ -395,12 +396,16 @@ def _watch_workers(device: Device) -> None:
     """Has the running loop look after all sessions when a worker or a fault calls."""
     loop = asyncio.get_running_loop()
     for fd in (poison_fd(), attention_fd(), device.workers.attention_fd):
-        loop.add_reader(fd, _look_after_all, fd)
+        loop.add_reader(fd, _look_after_all, fd, device.workers)
 
 
-def _look_after_all(fd: int) -> None:
+def _look_after_all(fd: int, workers: Workers) -> None:
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
+    for name in workers.isolate():
+        log.warning(
+            "%s: its memory blocked a worker again and again: a queue is polled apart", name
+        )
     for connection in list(Connection.open):
         connection.look_after()
 

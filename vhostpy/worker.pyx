@@ -13,7 +13,7 @@ from libc.errno cimport errno
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
-from vhostpy._hw cimport fence_full
+from vhostpy._hw cimport fence_full, ticks
 from vhostpy._linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
 from vhostpy._worker cimport Table, Worker, signal_fd
 from vhostpy.notify cimport start_watchdog
@@ -45,7 +45,7 @@ cdef class Workers:
         self.poll = poll
         self.lock = threading.Lock()
         self.workers = []
-        self.members = <void **>calloc(count, sizeof(void *))
+        self.members = <void **>calloc(count + 1, sizeof(void *))
         if self.members == NULL:
             raise MemoryError
         self.attention_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -55,7 +55,7 @@ cdef class Workers:
             worker = Worker(index, poll=poll, cpu=cpu, spin_us=spin_us)
             self.workers.append(worker)
             self.members[index] = <void *>worker
-        self.count = count
+        self.count = self.regular = count
         for worker in self.workers:
             (<Worker>worker).shared = count > 1
 
@@ -103,10 +103,56 @@ cdef class Workers:
         if worker is not None and not 0 <= worker < self.count:
             raise ValueError(f"worker {worker} of {self.count}")
         with self.lock:
-            home = (min(self.workers, key=load_of) if worker is None else self.workers[worker])
+            if worker is not None:
+                home = self.workers[worker]
+            elif pollable.conduct.apart and ticks() < pollable.conduct.until:
+                home = self.quarantine()    # its device's rings before were slow
+            else:
+                pollable.conduct.apart = False
+                home = min(self.workers[:self.regular], key=load_of)
             old = home.add(pollable, [int(fd) for fd in fds])
         self.free_unused(old)
         return home.index
+
+    def isolate(self) -> list[str]:
+        """Moves those that have blocked a worker to one of their own; their devices' names.
+
+        Wanted by a worker: it asks for a look, and polls them no more. They share one: what
+        one of them waits for, the others wait for, but nobody else does.
+        """
+        cdef Worker home, away
+        cdef Pollable pollable
+        cdef Table *old = NULL
+        moved = []
+        for home in self.workers[:self.regular]:
+            for pollable in [one for one in home.watched if (<Pollable>one).banned]:
+                with self.lock:
+                    away = self.quarantine()
+                    fds = home.watched[pollable]
+                    old = home.remove(pollable)
+                self.free_unused(old)
+                pollable.conduct.apart = True
+                with self.lock:
+                    old = away.add(pollable, fds)
+                self.free_unused(old)
+                moved.append(pollable.conduct.name)
+        return moved
+
+    cdef Worker quarantine(self):
+        """The worker for those whose memory is slow; made when the first one is."""
+        cdef Worker worker
+        if self.count == self.regular:
+            worker = Worker(self.count, poll="interrupt", cpu=None, spin_us=0)
+            worker.apart = True
+            for other in [*self.workers, worker]:
+                (<Worker>other).shared = True
+            self.wait()     # they lock from now on
+            self.workers.append(worker)
+            self.members[self.count] = <void *>worker
+            self.count += 1
+            if self.running:
+                worker.start()
+        return self.workers[self.regular]
 
     def remove(self, Pollable pollable not None) -> None:
         """On return no worker polls it, nor will. Unknown ones are ignored."""

@@ -1,6 +1,6 @@
 """What one port's transmit queue goes through: which port gets a frame."""
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from vhostpy._port cimport Frame, Port
 from vhostpy._ring cimport BURST, Scratch
 from vhostpy.worker cimport Pollable, Turn
@@ -51,9 +51,22 @@ cdef class Forwarder(Pollable):
     cdef uint64_t unicasts
     cdef int64_t unicast_bytes
     cdef bint alike            # all unicasts go to one place
+    # Where a poll of it was blocked, its own memory or a receiver's may have been the cause.
+    # So for a while it copies frames out of the sender's first, and takes times in between.
+    cdef uint64_t careful_until      # ticks(); 0: it is not
+    cdef uint8_t *copies     # room for a burst of them
+    cdef bint careful
+    cdef uint64_t step_at            # when the last step ended
+    cdef uint64_t slowest            # the longest step of this poll
+    cdef void *slowest_port          # borrowed Port, whose memory it was; NULL: the sender's
     cdef uint64_t refused    # found their receivers full in this turn
     cdef Scratch scratch     # for turn() and settle() only
 
+    cdef bint begin_careful(self, Turn *turn) noexcept nogil
+    cdef void take_copies(self, int count) noexcept nogil
+    cdef void note_step(self, void *port) noexcept nogil
+    cdef int give(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil
+    cdef bint is_slow(self, Port port, uint64_t now) noexcept nogil
     cdef void check_pair(self) noexcept nogil
     cdef bint all_of_pair(self, int count) noexcept nogil
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil

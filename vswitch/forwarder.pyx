@@ -14,12 +14,12 @@ flooded and delivered in the same burst, and the flooded ones are the older.
 """
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
-from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
 
 from vhostpy._chain cimport scratch_free, scratch_make
 from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, load_acquire_u64,
-                          read_once_u64, ticks, unlikely, write_once_u64)
+                          read_once_u64, ticks, unlikely, write_once_u32, write_once_u64)
 from vhostpy._port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST
 from vhostpy.vswitch._masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
@@ -37,6 +37,10 @@ cdef enum Verdict:
 cdef enum:
     SCATTERED = 8          # frames of a burst that the last burst's destination did not serve
     HELD_PAUSES = 4        # a sender that goes on sending waits for buffers for so many
+    # Frames of one poll that copies them first, and what one of them may be long.
+    CAREFUL_BURST = 8
+    COPY_MAX = 65536 + 64
+    CAREFUL_STALLS = 10    # it is careful for so many times as long as it was blocked
 
 cdef uint64_t ONE = 1
 
@@ -55,6 +59,8 @@ cdef class Forwarder(Pollable):
         self.port = port
         self.queue = queue
         self.kick_fd = kick_fd
+        self.conduct = port.conduct
+        self.careful_until = port.conduct.until     # 0, unless its rings before were slow
         self.cached_place = DROPPED
         self.burst = <Frame *>aligned_alloc(64, BURST * sizeof(Frame))
         if self.burst == NULL:
@@ -64,6 +70,7 @@ cdef class Forwarder(Pollable):
 
     def __dealloc__(self):
         free(self.burst)
+        free(self.copies)
         scratch_free(&self.scratch)
 
     # A turn -------------------------------------------------------------------------
@@ -71,9 +78,13 @@ cdef class Forwarder(Pollable):
     cdef int poll(self, Turn *turn) noexcept nogil:
         # Pairs with Ports.publish().
         cdef PortTable *table = <PortTable *>load_acquire_ptr(<void **>&self.ports.table)
-        cdef int count
+        cdef int count, limit = BURST
         turn.scratch.used = turn.scratch.steps = 0
-        count = self.port.receive(self.queue, self.burst, BURST, turn.scratch)
+        self.careful = False
+        if unlikely(self.careful_until or turn.apart) and self.begin_careful(turn):
+            # All of a flood that has begun: some ports have it already.
+            limit = max(<int>CAREFUL_BURST, 64 - leading_zeros(self.flooding | 1))
+        count = self.port.receive(self.queue, self.burst, limit, turn.scratch)
         if unlikely(count < 0 and not self.told):
             self.ports.workers.attention()
         self.told = count < 0
@@ -81,6 +92,8 @@ cdef class Forwarder(Pollable):
             if turn.now - self.received_at >= self.pause_ticks:
                 self.port.show_released(self.queue)
             return 0
+        if unlikely(self.careful):
+            self.take_copies(count)
         # Where frames trickle there is no pause; what this turn releases stays back.
         if turn.now - self.shown_at >= HELD_PAUSES * self.pause_ticks:
             self.port.show_released(self.queue)
@@ -98,6 +111,87 @@ cdef class Forwarder(Pollable):
         self.deliver(table, turn)
         self.finish(count, turn)
         return count
+
+    # Slow memory --------------------------------------------------------------------
+
+    cdef bint stalled(self, uint64_t since, uint64_t end) noexcept nogil:
+        """Finds out whose memory it was: the second time, since the first says nothing."""
+        cdef void *port = self.slowest_port
+        if self.careful_until < end:
+            self.careful_until = end
+        self.careful_until = max(self.careful_until, end + CAREFUL_STALLS * (end - since))
+        if not self.careful:
+            return False
+        if port == NULL or end - self.step_at > self.slowest:
+            self.conduct.strike(since, end)
+            return True
+        (<Port>port).reception.strike(end - self.slowest, end)
+        write_once_u32(&(<Port>port).slow, 1)
+        return False
+
+    cdef bint begin_careful(self, Turn *turn) noexcept nogil:
+        """Whether this poll copies frames first."""
+        if not turn.apart and turn.now > self.careful_until:
+            self.careful_until = 0
+            return False
+        if self.copies == NULL:
+            self.copies = <uint8_t *>malloc(BURST * COPY_MAX)    # most of it is never touched
+            if self.copies == NULL:
+                return False
+        self.careful = True
+        self.step_at = turn.now
+        self.slowest = 0
+        self.slowest_port = NULL
+        return True
+
+    cdef void take_copies(self, int count) noexcept nogil:
+        """No receiver's lock is held while the sender's memory makes us wait."""
+        cdef Frame *frame
+        cdef uint8_t *to
+        cdef uint32_t done, j
+        cdef int i
+        for i in range(count):
+            frame = &self.burst[i]
+            if frame.fault or frame.length > COPY_MAX:
+                continue
+            to = self.copies + i * COPY_MAX
+            done = 0
+            for j in range(frame.count):
+                memcpy(to + done, frame.segments[j].hva, frame.segments[j].length)
+                done += frame.segments[j].length
+            frame.segments[0].hva = to
+            frame.segments[0].length = frame.length
+            frame.count = 1
+        self.note_step(NULL)
+
+    cdef void note_step(self, void *port) noexcept nogil:
+        cdef uint64_t now = ticks()
+        if now - self.step_at > self.slowest:
+            self.slowest = now - self.step_at
+            self.slowest_port = port
+        self.step_at = now
+
+    cdef int give(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil:
+        """Transmits to a port, unless that is slow; returns how many frames are done with."""
+        cdef int taken
+        if unlikely((<Port>place.port).slow):
+            if self.is_slow(<Port>place.port, turn.now):
+                (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_SLOW, count)
+                return count
+        taken = (<Port>place.port).transmit(self.queue, group, count, turn)
+        if unlikely(self.careful):
+            self.note_step(place.port)
+        return taken
+
+    cdef bint is_slow(self, Port port, uint64_t now) noexcept nogil:
+        """It gets nothing; and when its time is over, first from one who is careful."""
+        if now < port.reception.until:
+            return True
+        if not self.careful:
+            self.careful_until = now + (port.reception.span >> 7) + 1
+            return True
+        write_once_u32(&port.slow, 0)
+        return False
 
     cdef bint arm(self) noexcept nogil:
         # A worker may sleep sooner than a sender pauses.
@@ -273,7 +367,7 @@ cdef class Forwarder(Pollable):
                 if turn.frames <= 0 or turn.bytes <= 0 or turn.steps <= 0:
                     return False
                 # Copies never wait for a receiver: one full port would stop all.
-                taken = (<Port>place.port).transmit(self.queue, self.group, count, turn)
+                taken = self.give(place, self.group, count, turn)
                 if taken < count:
                     (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_FULL,
                                                   count - taken)
@@ -328,7 +422,7 @@ cdef class Forwarder(Pollable):
 
     cdef void transmit(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil:
         """Gives a group to its receiver. What does not fit waits, or is dropped."""
-        cdef int taken = (<Port>place.port).transmit(self.queue, group, count, turn)
+        cdef int taken = self.give(place, group, count, turn)
         cdef uint64_t now = turn.now if turn.now else 1
         cdef uint64_t full_since = read_once_u64(&place.full_since)
         cdef int i, dropped = 0

@@ -250,6 +250,59 @@ def test_a_turn_stuck_in_a_system_call_is_interrupted():
         os.close(fd)
 
 
+@contextmanager
+def full_counter():
+    """An eventfd that blocks whoever writes to it; and a call that lets one write pass."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    os.eventfd_write(fd, 2**64 - 2)
+
+    def let_pass(probe):
+        os.eventfd_read(fd)
+        eventually(lambda: not probe.jammed)
+        os.eventfd_write(fd, 2**64 - 3)
+
+    yield fd, let_pass
+    os.close(fd)
+
+
+def test_who_blocks_a_worker_twice_is_polled_by_another():
+    with running() as workers, full_counter() as (fd, let_pass):
+        probe, neighbour = Probe(), Probe()
+        workers.add(probe)
+        workers.add(neighbour)
+        for _ in range(2):
+            assert workers.isolate() == []
+            probe.jam(fd)
+            time.sleep(0.02)
+            let_pass(probe)
+        eventually(lambda: len(workers.isolate()) == 1)
+        assert (probe.worker, neighbour.worker) == (1, 0)
+        for _ in range(10):
+            probe.jam(fd)
+            neighbour.give()
+            eventually(lambda: neighbour.idle)
+            assert probe.jammed
+            let_pass(probe)
+        assert workers.isolate() == []
+        workers.add(other := Probe())
+        assert other.worker == 0, "nobody else goes there"
+        for pollable in (probe, neighbour, other):
+            workers.remove(pollable)
+
+
+def test_who_only_takes_long_stays():
+    # As one who is the first to touch huge pages: the kernel fills them with zeros.
+    with running() as workers:
+        probe = Probe()
+        workers.add(probe)
+        for _ in range(5):
+            probe.burn(5)
+            eventually(lambda: not probe.jammed)
+        assert workers.isolate() == []
+        assert len(workers.loads()) == 1
+        workers.remove(probe)
+
+
 def test_control_can_use_workers_from_several_threads():
     with running(2) as workers:
 
