@@ -206,7 +206,7 @@ class DataPlane:
         kept = [
             r
             for r in self._regions()
-            if (r.gpa, r.size, r.uva) != (region.gpa, region.size, region.uva)
+            if r.gpa != region.gpa or (r.size, r.uva) != (region.size, region.uva)
         ]
         if len(kept) == len(self._regions()):
             raise ProtocolError(

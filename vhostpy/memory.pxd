@@ -23,6 +23,13 @@ cdef struct Region:
     uint64_t uva           # the front-end's address of the same bytes
     uint8_t *hva
 
+cdef struct Reach:
+    # In the order of the front-end's addresses, which may overlap: how far a region reaches
+    # that begins at or below `uva`, and which one reaches farthest.
+    uint64_t uva
+    uint64_t last
+    uint32_t region
+
 cdef struct MemoryMap:
     # Immutable once a worker may see it. Regions ascend by gpa and do not overlap.
     uint32_t count
@@ -69,13 +76,17 @@ cdef class GuestMemory:
     # A generation: an immutable set of regions, and a count of who still uses it.
     # Freed while `references` > 0, it leaks its mappings rather than pull them away.
     cdef MemoryMap map
+    cdef Reach *reaches         # as many as regions
     cdef int64_t references     # asynchronous requests under way; atomic
     cdef readonly tuple mappings
     cdef readonly tuple regions  # of RegionInfo, in the order of gpa
     cdef readonly uint64_t number
+    cdef const Region *region_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil
+    # A region that holds `length` > 0 bytes at the front-end's address `uva`; NULL: none does.
     cdef uint8_t *hva_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil
     # Where `length` > 0 bytes at the front-end's address `uva` are; NULL unless one
     # region holds them all. Where regions alias, any of them may serve.
+    cdef _order_by_uva(self, list ordered)
     cdef list segments_of(self, object gpa, object length, uint32_t hint)
 
 cdef class DirtyLog:

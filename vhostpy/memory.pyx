@@ -163,9 +163,27 @@ cdef class GuestMemory:
             self.map.regions[i].uva = info.uva
             self.map.regions[i].hva = info.mapping.data
         self.map.count = <uint32_t>len(ordered)
+        self._order_by_uva(ordered)
         self.regions = tuple(ordered)
         self.mappings = tuple([info.mapping for info in ordered])
         self.number = <uint64_t>atomic_add_i64(&generations, 1)
+
+    cdef _order_by_uva(self, list ordered):
+        """A ring's parts are found by bisection: a table change looks at those of all rings."""
+        cdef Reach *reach
+        cdef const Region *region
+        cdef uint64_t last
+        cdef uint32_t i, at
+        self.reaches = <Reach *>malloc(max(len(ordered), 1) * sizeof(Reach))
+        if self.reaches == NULL:
+            raise MemoryError
+        addresses = [info.uva for info in ordered]
+        for i, at in enumerate(sorted(range(len(ordered)), key=addresses.__getitem__)):
+            region, reach = &self.map.regions[at], &self.reaches[i]
+            last = region.uva + (region.size - 1)
+            reach.uva, reach.last, reach.region = region.uva, last, at
+            if i and self.reaches[i - 1].last > last:
+                reach.last, reach.region = self.reaches[i - 1].last, self.reaches[i - 1].region
 
     def __dealloc__(self):
         if self.references > 0 and self.mappings is not None:
@@ -174,20 +192,33 @@ cdef class GuestMemory:
             atomic_add_i64(&generations_leaked, 1)
             return
         free(self.map.regions)
+        free(self.reaches)
 
     def __repr__(self):
         return f"<GuestMemory {self.number}: {list(self.regions or ())}>"
 
-    cdef uint8_t *hva_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil:
-        cdef uint32_t i
+    cdef const Region *region_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil:
+        cdef uint32_t low = 0, high = self.map.count, middle
         cdef const Region *region
         cdef uint64_t offset
-        for i in range(self.map.count):
-            region = &self.map.regions[i]
-            offset = uva - region.uva
-            if offset < region.size and length - 1 < region.size - offset:
-                return region.hva + offset
+        while low < high:                     # the first that begins above uva
+            middle = (low + high) >> 1
+            if self.reaches[middle].uva <= uva:
+                low = middle + 1
+            else:
+                high = middle
+        if low == 0:
+            return NULL
+        # If any holds them all, so does the one that reaches farthest.
+        region = &self.map.regions[self.reaches[low - 1].region]
+        offset = uva - region.uva
+        if offset < region.size and length - 1 < region.size - offset:
+            return region
         return NULL
+
+    cdef uint8_t *hva_of_uva(self, uint64_t uva, uint64_t length) noexcept nogil:
+        cdef const Region *region = self.region_of_uva(uva, length)
+        return NULL if region == NULL else region.hva + (uva - region.uva)
 
     @property
     def in_use(self) -> int:
@@ -230,10 +261,12 @@ cdef class GuestMemory:
 
     def gpa(self, uva: int) -> int:
         """The guest's address of the front-end's `uva`. Raises ProtocolError in no region."""
-        for region in self.regions:
-            if 0 <= uva - region.uva < region.size:
-                return region.gpa + uva - region.uva
-        raise ProtocolError(f"{uva:#x} is in no memory region")
+        cdef const Region *region = NULL
+        if 0 <= uva < 2**64:
+            region = self.region_of_uva(uva, 1)
+        if region == NULL:
+            raise ProtocolError(f"{uva:#x} is in no memory region")
+        return region.gpa + (<uint64_t>uva - region.uva)
 
     cdef list segments_of(self, object gpa, object length, uint32_t hint):
         """(HVA, bytes) pairs, found as the workers find them."""

@@ -4,18 +4,20 @@ Knows numbers only; `memory.pyx` maps.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
+from operator import attrgetter
 
 from vhostpy.errors import ProtocolError
 from vhostpy.payloads import MemoryRegion
-from vhostpy.ringstate import ADDRESS_END, RingPart
+from vhostpy.ringstate import ADDRESS_END
 
 FILE_END = (1 << 63) - 1  # off_t
 
 
-def check_regions(name: str, regions: tuple[MemoryRegion, ...] | list[MemoryRegion]) -> None:
-    """Exact sums, no wrap, no overlap of guest addresses."""
-    for i, region in enumerate(regions):
+def check_regions(name: str, regions: Sequence[MemoryRegion], known: int = 0) -> None:
+    """Exact sums, no wrap, no overlap of guest addresses; the first `known` stood this before."""
+    for i, region in enumerate(regions[known:], known):
         where = f"{name} region {i}"
         if not region.size:
             raise ProtocolError(f"{where}: size 0 at GPA {region.gpa:#x}")
@@ -28,7 +30,7 @@ def check_regions(name: str, regions: tuple[MemoryRegion, ...] | list[MemoryRegi
                 raise ProtocolError(
                     f"{where}: {region.size:#x} bytes at {kind} {start:#x} pass {end:#x}"
                 )
-    ordered = sorted(regions, key=lambda region: region.gpa)
+    ordered = sorted(regions, key=attrgetter("gpa"))
     for lower, upper in itertools.pairwise(ordered):
         if lower.gpa + lower.size > upper.gpa:
             raise ProtocolError(
@@ -37,13 +39,21 @@ def check_regions(name: str, regions: tuple[MemoryRegion, ...] | list[MemoryRegi
             )
 
 
-def first_unmapped(parts: Iterable[RingPart], regions: Sequence[MemoryRegion]) -> RingPart | None:
-    """The first part that lies in no region; None when all do.
+class Spans:
+    """Which of the front-end's addresses lie in one region, found by bisection.
 
-    In one region as a whole: neighbours in the front-end's addresses may be far apart here.
+    In one as a whole: neighbours in the front-end's addresses may be far apart here. They may
+    overlap, too; so beside where each begins stands how far it, or one before it, reaches.
     """
-    for part in parts:
-        end = part.uva + part.size
-        if not any(r.uva <= part.uva and end <= r.uva + r.size for r in regions):
-            return part
-    return None
+
+    def __init__(self, regions: Sequence[MemoryRegion]) -> None:
+        ordered = sorted(regions, key=attrgetter("uva"))
+        self._starts = [region.uva for region in ordered]
+        ends = (region.uva + region.size for region in ordered)
+        self._reaches = list(itertools.accumulate(ends, max))
+
+    def __contains__(self, span: tuple[int, int]) -> bool:
+        """Whether one region holds all from the first to the second address, that excluded."""
+        start, end = span
+        at = bisect_right(self._starts, start)
+        return at > 0 and end <= self._reaches[at - 1]

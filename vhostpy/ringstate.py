@@ -142,6 +142,19 @@ class Ring:
             RingPart("used ring", self.used_uva, 4 + 8 * self.num, 4),
         ]
 
+    def spans(self, packed: bool) -> tuple[tuple[int, int], ...]:
+        """From where to where its areas lie. As parts(); but cheap, for all rings at once."""
+        if self.desc_uva is None or self.avail_uva is None or self.used_uva is None:
+            return ()
+        num, desc, avail, used = self.num, self.desc_uva, self.avail_uva, self.used_uva
+        if packed:
+            return (desc, desc + 16 * num), (avail, avail + 4), (used, used + 4)
+        return (
+            (desc, desc + 16 * num),
+            (avail, avail + 4 + 2 * num),
+            (used, used + 4 + 8 * num),
+        )
+
     def check(self, packed: bool | None) -> None:
         """Raises ProtocolError where no ring can look like that; None: not known yet."""
         where = f"ring {self.index}"

@@ -21,7 +21,7 @@ from vhostpy import fds, unixsocket
 from vhostpy.account import Account
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
-from vhostpy.effects import Effect, MakeInflight, Reply, StopRing
+from vhostpy.effects import Effect, MakeInflight, Reply, StartRing, StopRing
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
 from vhostpy.mapping import poison_fd
 from vhostpy.notify import attention_fd
@@ -352,6 +352,8 @@ class Connection:
         try:
             for effect in self.session.handle(message):
                 await self._do(effect)
+                if isinstance(effect, StartRing | StopRing):
+                    await asyncio.sleep(0)  # of 256 rings: not all in one turn of the loop
         except VhostpyError as caught:
             error = caught
         except OSError as caught:

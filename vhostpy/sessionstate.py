@@ -13,7 +13,7 @@ from vhostpy.errors import SHARE_ON, ProtocolError
 from vhostpy.fds import OwnedFd
 from vhostpy.layout import first_base
 from vhostpy.payloads import MemoryRegion
-from vhostpy.regions import first_unmapped
+from vhostpy.regions import Spans
 from vhostpy.ringstate import Ring, RingEvent, RingState, StopReason
 
 CORE_FEATURES = 1 << Feature.PROTOCOL_FEATURES | 1 << Feature.LOG_ALL
@@ -38,13 +38,23 @@ class SessionState:
         self.features: int | None = None  # None: not negotiated yet
         self.protocol_features = 0
         self.rings = [Ring(index) for index in range(device.queue_limit)]
-        self.regions: list[MemoryRegion] = []
+        self._regions: list[MemoryRegion] = []
+        self._spans = Spans(())  # of the regions
         self.logging = False  # a dirty log is known
         self.device_status = 0
         self.refused: Counter[str] = Counter()
         # Why it is over. Not the exception: that keeps frames alive, and fds in them.
         self.ended = ""
         self.messages = 0  # handled
+
+    @property
+    def regions(self) -> list[MemoryRegion]:
+        """Guest memory, as the front-end describes it; replaced as a whole."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: list[MemoryRegion]) -> None:
+        self._regions, self._spans = regions, Spans(regions)
 
     # Negotiated ------------------------------------------------------------------------
 
@@ -103,7 +113,9 @@ class SessionState:
         return [
             effect
             for ring in self.rings
-            if ring.state is RingState.WAITING and not self.missing(ring)
+            if ring.state is RingState.WAITING
+            and not self._missing_before_memory(ring)
+            and self.is_mapped(ring)
             for effect in self._start(ring)
         ]
 
@@ -137,10 +149,16 @@ class SessionState:
         unmapped = self.unmapped(ring)
         return f"memory for its {unmapped}" if unmapped else ""
 
+    def is_mapped(self, ring: Ring) -> bool:
+        """Whether each part of `ring` lies in a region. It has been told its addresses."""
+        return all(map(self._spans.__contains__, ring.spans(bool(self.packed))))
+
     def unmapped(self, ring: Ring) -> str:
         """The first part of `ring` that lies in no region, in words; "" for none."""
-        part = first_unmapped(ring.parts(bool(self.packed)), self.regions)
-        return "" if part is None else f"{part.name} at UVA {part.uva:#x} ({part.size} bytes)"
+        for part in ring.parts(bool(self.packed)):
+            if (part.uva, part.uva + part.size) not in self._spans:
+                return f"{part.name} at UVA {part.uva:#x} ({part.size} bytes)"
+        return ""
 
     def demand_mapped(self, ring: Ring) -> None:
         """Raises ProtocolError where a part of `ring` lies in no region."""

@@ -45,8 +45,9 @@ def add_mem_reg(session: SessionState, message: Message) -> list[Effect]:
         raise ProtocolError(
             f"ADD_MEM_REG: {len(regions)} regions, at most {int(Limit.MEM_SLOTS_MAX)}"
         )
-    check_regions(message.name, regions)
-    return _replace_memory(session, regions, AddRegion(region, message.fds[0].move()))
+    check_regions(message.name, regions, known=len(session.regions))
+    added = AddRegion(region, message.fds[0].move())
+    return _replace_memory(session, regions, added, shrinks=False)
 
 
 def rem_mem_reg(session: SessionState, message: Message) -> list[Effect]:
@@ -56,13 +57,13 @@ def rem_mem_reg(session: SessionState, message: Message) -> list[Effect]:
     region = session.regions[index]
     rest = session.regions[:index] + session.regions[index + 1 :]
     _forget_places(session, region)
-    return _replace_memory(session, rest, RemoveRegion(region))
+    return _replace_memory(session, rest, RemoveRegion(region), grows=False)
 
 
 def _find_region(session: SessionState, wanted: MemoryRegion) -> int | None:
     """Which of the regions it is. "The mmap offset is ignored.\""""
     for i, region in enumerate(session.regions):
-        if (region.gpa, region.size, region.uva) == (wanted.gpa, wanted.size, wanted.uva):
+        if region.gpa == wanted.gpa and (region.size, region.uva) == (wanted.size, wanted.uva):
             return i
     return None
 
@@ -83,15 +84,21 @@ def _forget_places(session: SessionState, gone: MemoryRegion | None = None) -> N
 
 
 def _replace_memory(
-    session: SessionState, regions: list[MemoryRegion], effect: Effect
+    session: SessionState,
+    regions: list[MemoryRegion],
+    effect: Effect,
+    *,
+    grows: bool = True,
+    shrinks: bool = True,
 ) -> list[Effect]:
     """Rings that would lie in no region stop before and start again when they do."""
     session.regions = regions
     effects: list[Effect] = []
-    for ring in session.rings:
-        if ring.started and session.unmapped(ring):
-            effects += session.advance(ring, RingEvent.UNMAPPED, StopReason.UNMAPPED)
-    return [*effects, effect, *session.settle_all()]
+    if shrinks:
+        for ring in session.rings:
+            if ring.started and not session.is_mapped(ring):
+                effects += session.advance(ring, RingEvent.UNMAPPED, StopReason.UNMAPPED)
+    return [*effects, effect, *(session.settle_all() if grows else ())]
 
 
 # Dirty log -----------------------------------------------------------------------------
