@@ -55,6 +55,7 @@ class Disk:
     """A disk; see vhostpy.device.Device for who calls what when."""
 
     kind = "blk"
+    lossy = False
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class NetDevice:
     """One virtio-net device: a port of a switch behind one socket."""
 
     kind = "net"
+    lossy = True
 
     def __init__(
         self, name: str, switch: Switch, *, pairs: int = 4, mtu_limit: int | None = None

@@ -317,6 +317,11 @@ cdef class Virtqueue:
         """Nothing more is taken from it; so it stays until `base` is set."""
         return self.ring.worker.broken != 0
 
+    def break_off(self) -> None:
+        """Nothing is taken from it, and that is reported, until `base` is set."""
+        self._want_held()
+        break_ring(self.ring)
+
     @property
     def unanswerable(self):
         """What is wrong with the chain that broke it, which its next life begins with;

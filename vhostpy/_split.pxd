@@ -6,6 +6,8 @@ from vhostpy.memory cimport Segment
 
 # The back-end's end. Held: `base` is where the next avail entry is taken.
 cdef void split_start(Ring *ring, uint16_t base) noexcept nogil
+cdef bint split_contradicts(const Ring *ring) noexcept nogil
+# The ring is neither where it was started nor could it come to be there.
 cdef int split_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noexcept nogil
 cdef void split_push(Ring *ring, const Chain *chains, const uint32_t *written,
                      int count) noexcept nogil

@@ -444,3 +444,12 @@ cdef void split_start(Ring *ring, uint16_t base) noexcept nogil:
     ring.worker.used_behind = <uint16_t>(base - ring.worker.used_idx)
     if ring.worker.used_behind <= ring.control.size:
         ring.worker.used_behind = 0
+
+
+cdef bint split_contradicts(const Ring *ring) noexcept nogil:
+    # Between what the driver has back and what it offers: ahead of used.idx are another
+    # back-end's requests under way. Where these two make no sense, the base is all there is.
+    cdef uint16_t used = ring.worker.used_idx
+    cdef uint16_t offered = load_acquire_u16(ring.control.avail + RING_IDX)
+    offered -= used
+    return offered <= ring.control.size and <uint16_t>(ring.worker.last_avail - used) > offered

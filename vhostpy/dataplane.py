@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from vhostpy import effects as e
 from vhostpy._inflight import InflightArea
+from vhostpy._resume import reconcile
 from vhostpy._ring import ChainFault, Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
@@ -105,7 +106,7 @@ class DataPlane:
                 state = self.session.rings[index]
                 with self._held([index]) as virtqueues:
                     virtqueues[0].base = state.base
-                state.broken = ""
+                    self._reconcile(index, virtqueues[0])
             case e.SetBackendChannel(fd):
                 _close(self.backend_channel)
                 self.backend_channel = fd
@@ -143,13 +144,16 @@ class DataPlane:
                     f"{self.device.name}: ring {index}: its call fd blocks us",
                     "the front-end must leave the eventfds that it sends non-blocking",
                 )
-            state = self.session.rings[index]
-            if ring.virtqueue.broken and not state.broken:
-                why, hint = _why_broken(ring.virtqueue)
-                state.broken = f"{why}; {hint}"
-                log.warning("%s: ring %d: %s\n  next: %s", self.device.name, index, why, hint)
-                if state.err is not None:
-                    signal_once(state.err.fileno())
+            if ring.virtqueue.broken and not self.session.rings[index].broken:
+                self._broken(index, *_why_broken(ring.virtqueue))
+
+    def _broken(self, index: int, why: str, hint: str) -> None:
+        """Says that nothing is taken from a ring, and why, to all who may want to know."""
+        state = self.session.rings[index]
+        state.broken = f"{why}; {hint}"
+        log.warning("%s: ring %d: %s\n  next: %s", self.device.name, index, why, hint)
+        if state.err is not None:
+            signal_once(state.err.fileno())
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped until it has ended."""
@@ -325,6 +329,7 @@ class DataPlane:
             virtqueue.track(self.inflight.queue(index))
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
+        self._reconcile(index, virtqueue)
         self.device.ring_started(index, virtqueue, _eventfd(state.kick))
         if virtqueue.again:
             log.info(
@@ -334,10 +339,20 @@ class DataPlane:
                 virtqueue.again,
             )
         self.rings[index] = RunningRing(virtqueue)
-        state.broken = ""
         self.device.ring_enabled(index, state.enabled)
         virtqueue.set_live(True)
         self.workers.nudge()
+
+    def _reconcile(self, index: int, virtqueue: Virtqueue) -> None:
+        """Does a ring agree with the base that it was started at?"""
+        self.session.rings[index].broken = ""
+        if virtqueue.inflight_queue is not None:
+            return  # recovery has counted
+        verdict = reconcile(virtqueue, self.device.lossy)
+        if virtqueue.broken:
+            self._broken(index, verdict.text, verdict.hint)
+        elif verdict.text:
+            log.info("%s: ring %d: %s", self.device.name, index, verdict.text)
 
     async def stop_ring(self, index: int) -> int:
         """Drains and stops a ring; returns the base at which it would go on."""

@@ -19,6 +19,7 @@ class Device(Protocol):
     kind: str  # "net" or "blk"
     workers: Workers  # who polls its queues
     queue_limit: int  # virtqueues, not pairs
+    lossy: bool  # what was under way may be lost, or come twice, when a ring starts again
     queue_number: int  # what GET_QUEUE_NUM says: pairs for net, virtqueues for blk
 
     def features(self) -> int:

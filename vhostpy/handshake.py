@@ -25,7 +25,7 @@ def describe(session: SessionState) -> dict[str, Any]:
         "rings": [
             {
                 "index": ring.index,
-                "state": ring.state.value,
+                "state": "broken" if ring.broken else ring.state.value,
                 "enabled": ring.enabled,
                 "size": ring.num,
                 "base": session.base_of(ring),
@@ -59,7 +59,7 @@ def _progress(session: SessionState) -> tuple[str, str]:
         if disabled:
             pending.append(f"rings {listed(disabled)}: SET_VRING_ENABLE")
         where = [f"ready: rings {listed(ring.index for ring in running)} run"] if running else []
-        where += [f"rings {listed(ring.index for ring in broken)} are broken"] if broken else []
+        where += [f"broken: rings {listed(ring.index for ring in broken)}"] if broken else []
         return ", ".join(where), "; ".join(pending)
     if session.features is None:
         return "negotiating", "SET_FEATURES"

@@ -107,6 +107,7 @@ class Ring:
         self.state, effect = RING[self.state, event]
         if effect is StartRing:
             self.ran, self.spent = True, False
+            self.broken = ""
         elif event is RingEvent.STOP:
             self.spent = self.ran
         return effect

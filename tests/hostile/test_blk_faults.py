@@ -275,7 +275,7 @@ def test_what_cannot_be_answered_stays_the_driver_s_and_breaks_its_ring(
         eventually(lambda: p.under_way() == [])
 
         status = p.status()
-        assert status["handshake"] == "rings 0 are broken"
+        assert status["handshake"] == "broken: rings 0"
         for said in (status["waits_for"], status["rings"][0]["broken"], caplog.text):
             assert "a request cannot be answered" in said
             assert "reset the device" in said
