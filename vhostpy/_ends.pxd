@@ -32,8 +32,9 @@ cdef struct WorkerSide:
     uint64_t calls          # written to call_fd
     uint64_t first          # packed: what publish() writes at used_idx, after all others
     uint64_t deaf           # call_fd blocks: it is not written to any more
+    uint32_t *kept          # packed: where publish() stores its position, or NULL
     uint16_t used_behind    # split: how far `base` contradicted used.idx when the ring started
-    uint16_t padding[7]
+    uint16_t padding[3]
 
 cdef struct ControlSide:
     # Written by control while the ring is held.

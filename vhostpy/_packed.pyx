@@ -264,6 +264,10 @@ cdef void packed_publish(Ring *ring) noexcept nogil:
         return
     if unlikely(ring.control.log != NULL):
         log_flush(ring)
+    if ring.worker.kept != NULL:
+        # Before the driver can see it, and with where it came from: whenever a kill comes, the
+        # ring tells which of the two it is at.
+        write_once_u32(ring.worker.kept, <uint32_t>old << 16 | new)
     # Pairs with the driver's acquire load of the flags of the next used descriptor.
     store_release_u64(ring.control.desc + DESCRIPTOR_SIZE * (old & INDEX) + 8,
                       ring.worker.first)

@@ -15,6 +15,7 @@ from vhostpy._ends cimport Ring, UsedEntry
 from vhostpy._inflight cimport InflightQueue
 from vhostpy._tracker cimport Tracker
 from vhostpy.memory cimport DirtyLog, GuestMemory, Segment
+from vhostpy.positions cimport Place
 
 
 @cython.final
@@ -27,6 +28,7 @@ cdef class Virtqueue:
     cdef tuple uvas                                    # of descriptors, avail, used
     cdef readonly InflightQueue inflight_queue         # what remembers chains, or None
     cdef Tracker *tracker                              # its, or NULL
+    cdef readonly Place place                          # where its position is kept, or None
 
     # Workers' side. --------------------------------------------------------------
     cdef bint is_live(self) noexcept nogil

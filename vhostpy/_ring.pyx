@@ -391,6 +391,15 @@ cdef class Virtqueue:
         queue.start(self.ring)
         self.tracker = &queue.tracker
 
+    def keep(self, Place place) -> None:
+        """Stores where it stands there, from now on and at each publish; None: nowhere."""
+        self._want_held()
+        self.place = place
+        self.ring.worker.kept = NULL
+        if place is not None:
+            place.start(self.ring.worker.used_idx)
+            self.ring.worker.kept = &place.entry.pair
+
     @property
     def again(self) -> int:
         """Chains that were under way at a kill and will yet be taken again."""
