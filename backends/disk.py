@@ -56,6 +56,7 @@ class Disk:
 
     kind = "blk"
     lossy = False
+    positions = None  # INFLIGHT has them
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.backends.net import NetPort
 from vhostpy.errors import ConfigError, ProtocolError, Refused
+from vhostpy.positions import Owner
 from vhostpy.vswitch.switch import Switch
 
 PAIRS_MAX = 128  # 256 virtqueues, all that a vhost-user message can name
@@ -62,6 +63,7 @@ class NetDevice:
         self.mtu: int | None = None
         self.negotiated_features = 0
         self.connected = False
+        self.positions: Owner | None = None
         self.port = NetPort(name, pairs)
         switch.attach(self.port)
         self._started: set[int] = set()

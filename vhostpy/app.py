@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from vhostpy.lines import Talk
 
 if TYPE_CHECKING:
     from vhostpy.backends.storage._storage import Storage
+    from vhostpy.positions import Keeper
     from vhostpy.server import Server
     from vhostpy.vswitch.switch import Switch
     from vhostpy.worker import Workers
@@ -57,6 +59,7 @@ class App:
         self.control: control.ControlServer | None = None
         self._control_path = control_path
         self._link: Path | None = None
+        self._keeper: "Keeper | None" = None
         self._loads: list[dict[str, Any]] = []
         self._started_s = time.monotonic()
         self._stop = asyncio.Event()
@@ -73,6 +76,7 @@ class App:
             self.workers.start()
             for server in self.servers:
                 await server.start()
+            self._keep_positions()
             await self._start_control()
             # Said once all is well: an error then stands alone.
             for server in self.servers:
@@ -233,6 +237,24 @@ class App:
 
     # Private -------------------------------------------------------------------------
 
+    def _keep_positions(self) -> None:
+        """Of packed rings, whose memory does not tell them, for our next life."""
+        owners = {_identity(s): s for s in self.servers if s.device.lossy}
+        if not owners:
+            return
+        from vhostpy.positions import Keeper
+
+        first = next(iter(owners))
+        name = f"{control.file_name(self.name)}-{zlib.crc32(os.fsencode(first)):08x}.rings"
+        limits = {name: server.device.queue_limit for name, server in owners.items()}
+        try:
+            self._keeper = keeper = Keeper(str(control.writable_directory()), name, limits)
+        except ConfigError as error:
+            log.warning("guests with packed rings will not outlive a restart of ours: %s", error)
+            return
+        for owner, server in owners.items():
+            server.device.positions = keeper.owners[owner]
+
     async def _start_control(self) -> None:
         """A default place that fails is no reason not to serve; one that was asked for is."""
         if self._control_path is not None:
@@ -309,6 +331,8 @@ class App:
             self.workers.stop()
             for storage in self.storages:
                 storage.close()
+            if self._keeper is not None:
+                self._keeper.close()
 
 
 # The process -------------------------------------------------------------------------
@@ -342,6 +366,11 @@ def resident_bytes() -> int:
             if line.startswith((b"RssAnon:", b"RssFile:")):
                 size += int(line.split()[1]) << 10
     return size
+
+
+def _identity(server: "Server") -> str:
+    """What a server is in another life too."""
+    return os.path.abspath(server.path) if server.path is not None else f"fd {server.fd}"
 
 
 def _where(server: "Server") -> str:

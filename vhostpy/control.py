@@ -348,11 +348,16 @@ def directories() -> list[Path]:
 
 def default_path(name: str) -> Path:
     """A free path for a process called `name`; with the process number where it is taken."""
-    directory = _writable_directory()
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")
-    name = name[-min(NAME_MAX, _room(directory)) :] or "vhostpy"
+    directory = writable_directory()
+    name = file_name(name, _room(directory))
     path = directory / f"{name}.sock"
     return directory / f"{name}-{os.getpid()}.sock" if is_served(path) else path
+
+
+def file_name(name: str, length: int = NAME_MAX) -> str:
+    """A process's name as a file's: at most `length` characters that no shell minds."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")
+    return name[-min(NAME_MAX, length) :] or "vhostpy"
 
 
 def running() -> dict[str, Path]:
@@ -421,7 +426,8 @@ def remove_dead(path: Path) -> None:
     )
 
 
-def _writable_directory() -> Path:
+def writable_directory() -> Path:
+    """The first that is ours and may be written to, made if need be. Raises ConfigError."""
     for directory in directories():
         if _room(directory) < NAME_MIN or not directory.parent.is_dir():
             continue

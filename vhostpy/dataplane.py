@@ -22,12 +22,15 @@ from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
 from vhostpy.errors import SHARE_ALL, SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
+from vhostpy.layout import is_packed
 from vhostpy.mapping import Mapping
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 from vhostpy.names import fault_name
 from vhostpy.notify import is_unix_socket, signal_once
 from vhostpy.payloads import MemoryRegion
+from vhostpy.positions import Place
 from vhostpy.protocol import BackEndRequest, encode
+from vhostpy.ringstate import StopReason
 from vhostpy.session import Session
 
 log = logging.getLogger("vhostpy")
@@ -59,6 +62,7 @@ class DataPlane:
         self.features = 0
         self.rings: dict[int, RunningRing] = {}
         self.retired: list[GuestMemory] = []
+        self._files: dict[int, tuple[int, int]] = {}  # by a region's GPA: device and inode
         self.backend_channel: OwnedFd | None = None
         # fds that a ring may still use after what should have replaced them was refused.
         self.leftovers: list[OwnedFd] = []
@@ -74,7 +78,7 @@ class DataPlane:
                 self._set_memory(regions, fds)
             case e.AddRegion(region, fd):
                 with fd:
-                    self._replace_memory([*self._regions(), _map(region, fd)])
+                    self._replace_memory([*self._regions(), self._map(region, fd)])
             case e.RemoveRegion(region):
                 self._remove_region(region)
             case e.SetLog(fd, offset, size):
@@ -106,7 +110,9 @@ class DataPlane:
                 state = self.session.rings[index]
                 with self._held([index]) as virtqueues:
                     virtqueues[0].base = state.base
-                    self._reconcile(index, virtqueues[0])
+                    place = virtqueues[0].place
+                    kept = place.at if place is not None and not state.broken else None
+                    self._reconcile(index, virtqueues[0], place, kept)
             case e.SetBackendChannel(fd):
                 _close(self.backend_channel)
                 self.backend_channel = fd
@@ -204,7 +210,7 @@ class DataPlane:
         with contextlib.ExitStack() as stack:
             for fd in fds:
                 stack.enter_context(fd)
-            self._replace_memory([_map(*pair) for pair in zip(regions, fds, strict=True)])
+            self._replace_memory([self._map(*pair) for pair in zip(regions, fds, strict=True)])
 
     def _remove_region(self, region: MemoryRegion) -> None:
         kept = [
@@ -227,8 +233,15 @@ class DataPlane:
             for index, ring in self.rings.items():
                 if not ring.virtqueue.broken:
                     self.session.rings[index].broken = ""
-        self._retire(self.memory)
-        self.memory = memory
+            previous, self.memory = self.memory, memory
+            self._move_places(self.rings)
+        self._retire(previous)
+
+    def _map(self, region: MemoryRegion, fd: OwnedFd) -> RegionInfo:
+        mapping = Mapping(fd.fileno(), region.offset, region.size, fd.account)
+        status = os.fstat(fd.fileno())
+        self._files[region.gpa] = status.st_dev, status.st_ino
+        return RegionInfo(region.gpa, region.size, region.uva, mapping)
 
     def _retire(self, memory: GuestMemory | None) -> None:
         self.retired = [old for old in self.retired if old.in_use and old is not memory]
@@ -329,7 +342,8 @@ class DataPlane:
             virtqueue.track(self.inflight.queue(index))
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
-        self._reconcile(index, virtqueue)
+        place = self._claim(index)
+        self._reconcile(index, virtqueue, place, place.found if place is not None else None)
         self.device.ring_started(index, virtqueue, _eventfd(state.kick))
         if virtqueue.again:
             log.info(
@@ -343,16 +357,49 @@ class DataPlane:
         virtqueue.set_live(True)
         self.workers.nudge()
 
-    def _reconcile(self, index: int, virtqueue: Virtqueue) -> None:
-        """Does a ring agree with the base that it was started at?"""
+    def _reconcile(
+        self,
+        index: int,
+        virtqueue: Virtqueue,
+        place: Place | None,
+        kept: tuple[int, int] | None,
+    ) -> None:
+        """Does a ring agree with the base that it was started at, and with what was kept?"""
         self.session.rings[index].broken = ""
         if virtqueue.inflight_queue is not None:
             return  # recovery has counted
-        verdict = reconcile(virtqueue, self.device.lossy)
+        verdict = reconcile(virtqueue, self.device.lossy, kept)
+        virtqueue.keep(place)
         if virtqueue.broken:
+            if place is not None:
+                place.forget()
             self._broken(index, verdict.text, verdict.hint)
         elif verdict.text:
             log.info("%s: ring %d: %s", self.device.name, index, verdict.text)
+            # Who was there before may have given chains back and told nobody.
+            virtqueue.notify()
+
+    def _claim(self, index: int) -> Place | None:
+        """Where a packed ring's position is kept."""
+        owner, state = self.device.positions, self.session.rings[index]
+        if owner is None or not is_packed(self.features):
+            return None
+        where = self._where(state.desc_uva)
+        return None if where is None else owner.claim(*where, state.num)
+
+    def _where(self, uva: int | None) -> tuple[tuple[int, int], int] | None:
+        """The file that an address is in, and its guest address: the same in another life."""
+        for region in self._regions():
+            if uva is not None and region.uva <= uva < region.uva + region.size:
+                return self._files[region.gpa], region.gpa + uva - region.uva
+        return None
+
+    def _move_places(self, indexes: Iterable[int]) -> None:
+        for index in indexes:
+            place = self.rings[index].virtqueue.place
+            where = self._where(self.session.rings[index].desc_uva)
+            if place is not None and where is not None:
+                place.move(*where)
 
     async def stop_ring(self, index: int) -> int:
         """Drains and stops a ring; returns the base at which it would go on."""
@@ -363,12 +410,17 @@ class DataPlane:
         self._take_down(index)
         if not drained:
             raise self._hung(index)
+        place = ring.virtqueue.place
+        if place is not None and self.session.rings[index].stop_reason is not StopReason.UNMAPPED:
+            place.forget()  # the front-end knows
         return ring.virtqueue.base
 
     def _take_down(self, index: int) -> None:
         """The ring is held; the device gives it back."""
         ring = self.rings.pop(index)
         self.device.ring_stopped(index)
+        if ring.virtqueue.place is not None and self.device.positions is not None:
+            self.device.positions.release(ring.virtqueue.place)
         self._retire(ring.virtqueue.memory)
 
     def _hung(self, index: int) -> GuestError:
@@ -400,6 +452,7 @@ class DataPlane:
                 desc_uva=state.desc_uva, avail_uva=state.avail_uva, used_uva=state.used_uva
             )
             virtqueues[0].set_log(*self._log_of(index))
+            self._move_places([index])
 
 
 def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
@@ -415,11 +468,6 @@ def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
         why = f"its descriptors are faulty ({fault_name(fault)})"
     hint = f"{SHARE_ALL}; then {RESET}" if fault == ChainFault.CHAIN_UNMAPPED else RESET
     return f"a request cannot be answered: {why}; nothing is taken behind it", hint
-
-
-def _map(region: MemoryRegion, fd: OwnedFd) -> RegionInfo:
-    mapping = Mapping(fd.fileno(), region.offset, region.size, fd.account)
-    return RegionInfo(region.gpa, region.size, region.uva, mapping)
 
 
 def _close(fd: OwnedFd | None) -> None:

@@ -9,6 +9,7 @@ calls `ring_stopped`, `ring_enabled` or `negotiated`.
 from typing import Any, Protocol
 
 from vhostpy._ring import Virtqueue
+from vhostpy.positions import Owner
 from vhostpy.worker import Workers
 
 
@@ -20,6 +21,7 @@ class Device(Protocol):
     workers: Workers  # who polls its queues
     queue_limit: int  # virtqueues, not pairs
     lossy: bool  # what was under way may be lost, or come twice, when a ring starts again
+    positions: Owner | None  # where those of its packed rings are kept, if they are
     queue_number: int  # what GET_QUEUE_NUM says: pairs for net, virtqueues for blk
 
     def features(self) -> int:

@@ -10,6 +10,7 @@ The file is private to the user, in a directory that nobody else can write to, a
 life. Each owner (a socket) has entries of its own: one guest's many rings push out nobody
 else's. Knows no ring.
 """
+import contextlib
 import fcntl
 import mmap
 import os
@@ -72,11 +73,13 @@ cdef class Table:
 
     cdef Py_buffer buffer
     cdef Entry *entries
+    cdef Py_ssize_t count
     cdef uint64_t age       # of the next claim
 
     def __cinit__(self, memory):
         PyObject_GetBuffer(memory, &self.buffer, PyBUF_WRITABLE)
         self.entries = <Entry *>(<char *>self.buffer.buf + HEADER)
+        self.count = (self.buffer.len - HEADER) // <Py_ssize_t>sizeof(Entry)
 
     def __dealloc__(self):
         if self.entries != NULL:
@@ -96,13 +99,22 @@ class Keeper:
             try:
                 before = read_before(folder, name)
                 memory, temporary = make_file(folder, name, size)
-                self.owners = share_out(Table(memory), owners, before)
+                self.path = os.path.join(directory, name)
+                self.table = Table(memory)
+                self.owners = share_out(self.table, owners, before)
                 memory[:HEADER] = MAGIC
                 os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
             finally:
                 os.close(folder)
         except OSError as error:
             raise ConfigError(f"{directory}/{name}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        """Leaves no file behind where there is nothing in it."""
+        cdef Table table = self.table
+        if not any([table.entries[i].valid for i in range(table.count)]):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
 
 
 def share_out(Table table not None, owners: dict[str, int], bytes before) -> dict[str, Owner]:

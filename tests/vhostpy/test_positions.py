@@ -84,6 +84,17 @@ def test_the_file_is_private_and_whole_and_one_processes(folder):
     assert os.listdir(folder) == [NAME]
 
 
+def test_a_file_with_nothing_in_it_goes_with_its_process(folder):
+    keeper = life(folder)
+    place = keeper.owners["vu0"].claim(FILE, 0, 64)
+    place.start(1)
+    keeper.close()
+    assert os.listdir(folder) == [NAME]
+    place.forget()
+    keeper.close()
+    assert os.listdir(folder) == []
+
+
 @pytest.mark.parametrize("trick", ["symlink", "hard link", "fifo", "directory", "open folder"])
 def test_what_others_could_have_put_there_is_not_taken(folder, trick):
     elsewhere = folder / "elsewhere"
