@@ -59,7 +59,7 @@ class App:
         self.control: control.ControlServer | None = None
         self._control_path = control_path
         self._link: Path | None = None
-        self._keeper: "Keeper | None" = None
+        self._keeper: Keeper | None = None
         self._loads: list[dict[str, Any]] = []
         self._started_s = time.monotonic()
         self._stop = asyncio.Event()

@@ -3,8 +3,8 @@
 from typing import Any
 
 from vhostpy._spec import Feature
-from vhostpy.errors import SHARE_ON
 from vhostpy.names import feature_names, listed, protocol_feature_names
+from vhostpy.peername import share_hint
 from vhostpy.sessionstate import SessionState
 
 
@@ -13,6 +13,7 @@ def describe(session: SessionState) -> dict[str, Any]:
     handshake, waits_for = _progress(session)
     features = session.features or 0
     return {
+        "front_end": session.front_end,
         "handshake": handshake,
         "waits_for": waits_for,
         "features": feature_names(features, session.device.kind),
@@ -64,5 +65,5 @@ def _progress(session: SessionState) -> tuple[str, str]:
     if session.features is None:
         return "negotiating", "SET_FEATURES"
     if not session.regions:
-        return "negotiated", f"SET_MEM_TABLE; {SHARE_ON}"
+        return "negotiated", f"SET_MEM_TABLE; {share_hint(session.front_end)}"
     return "memory shared", "; ".join(pending) or "SET_VRING_KICK"

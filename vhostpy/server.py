@@ -25,6 +25,7 @@ from vhostpy.effects import Effect, MakeInflight, Reply, StartRing, StopRing
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
 from vhostpy.mapping import poison_fd
 from vhostpy.notify import attention_fd
+from vhostpy.peername import peer_name
 from vhostpy.protocol import Decoder, Message, encode_reply
 from vhostpy.session import Session
 from vhostpy.worker import Workers
@@ -280,6 +281,7 @@ class Connection:
         self.sock = sock
         self.account = account
         self.session = Session(device)
+        self.session.front_end = peer_name(sock)
         self.plane = DataPlane(device, self.session)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

@@ -18,11 +18,12 @@ from typing import Any
 
 from vhostpy._spec import ProtocolFeature
 from vhostpy.effects import Effect, MakeInflight, Reply
-from vhostpy.errors import ProtocolError, Refused, VhostpyError
+from vhostpy.errors import SHARE_ON, ProtocolError, Refused, VhostpyError
 from vhostpy.fds import OwnedFd
 from vhostpy.handlers import SERVED, why_not
 from vhostpy.handshake import describe
 from vhostpy.payloads import U64, Empty, Inflight, Payload, VringState
+from vhostpy.peername import share_hint
 from vhostpy.protocol import FRONT_END_TABLE, UNKNOWN, FrontEndRequest, Message
 from vhostpy.ringstate import StopReason
 from vhostpy.sessionstate import SessionState
@@ -63,6 +64,8 @@ class Session(SessionState):
             if payload is not None:
                 yield Reply.pack(message.request, payload)
             return
+        # Who maps memory does not know who sent it.
+        error.hint = error.hint.replace(SHARE_ON, share_hint(self.front_end))
         payload = self._no(message)
         if payload is None or not isinstance(error, Refused):
             self.ended = str(error.args[0])

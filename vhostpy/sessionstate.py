@@ -9,10 +9,11 @@ from collections import Counter
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
 from vhostpy.effects import Effect, EnableRing, SetRingKick, StopRing
-from vhostpy.errors import SHARE_ON, ProtocolError
+from vhostpy.errors import ProtocolError
 from vhostpy.fds import OwnedFd
 from vhostpy.layout import first_base
 from vhostpy.payloads import MemoryRegion
+from vhostpy.peername import share_hint
 from vhostpy.regions import Spans
 from vhostpy.ringstate import Ring, RingEvent, RingState, StopReason
 
@@ -45,6 +46,7 @@ class SessionState:
         self.refused: Counter[str] = Counter()
         # Why it is over. Not the exception: that keeps frames alive, and fds in them.
         self.ended = ""
+        self.front_end = ""  # the program's name, where it is known
         self.messages = 0  # handled
 
     @property
@@ -145,7 +147,7 @@ class SessionState:
         if missing:
             return missing
         if not self.regions:
-            return f"guest memory (SET_MEM_TABLE); {SHARE_ON}"
+            return f"guest memory (SET_MEM_TABLE); {share_hint(self.front_end)}"
         unmapped = self.unmapped(ring)
         return f"memory for its {unmapped}" if unmapped else ""
 
@@ -166,5 +168,6 @@ class SessionState:
         if unmapped:
             raise ProtocolError(
                 f"ring {ring.index}: its {unmapped} is in none of the {len(self.regions)} regions",
-                "the front-end must share the memory that its rings lie in; " + SHARE_ON,
+                "the front-end must share the memory that its rings lie in; "
+                + share_hint(self.front_end),
             )

@@ -1,6 +1,10 @@
 """Status: where the handshake stands, and what it waits for."""
 
+import pytest
+
 from tests.talk import FEATURES, LOG_ALL, PROTOCOL_FEATURES, REGION, eventfd
+from vhostpy.effects import SetMemory
+from vhostpy.errors import SHARE_ON, ProtocolError
 from vhostpy.payloads import U64, Log, VringState
 from vhostpy.protocol import FrontEndRequest as R
 
@@ -46,6 +50,31 @@ def test_status_of_a_session_without_memory_names_share_on(fresh):
     status = fresh.session.status()
     assert "share=on" in status["waits_for"]
     assert "share=on" in status["rings"][0]["waits_for"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "untold"),
+    [
+        ("", "share=on", "DPDK"),
+        ("qemu-system-x86", "share=on", "DPDK"),
+        ("ovs-vswitchd", "other_config:dpdk-extra=--single-file-segments", "QEMU"),
+        ("dpdk-testpmd", "give it --single-file-segments", "QEMU"),
+        ("crosvm", "crosvm must share its memory", "QEMU"),
+    ],
+)
+def test_who_does_not_share_memory_is_told_how_in_its_own_words(fresh, name, told, untold):
+    fresh.session.front_end = name
+    fresh.negotiate()
+    texts = [fresh.session.status()["waits_for"]]
+    fresh.start()
+    texts.append(fresh.session.status()["rings"][0]["waits_for"])
+    fresh.fail = SetMemory, ProtocolError("cannot map", SHARE_ON)
+    with pytest.raises(ProtocolError) as caught:
+        fresh.table(REGION)
+    texts.append(str(caught.value))
+    del caught  # its frames keep fds
+    for text in texts:
+        assert told in text and untold not in text
 
 
 def test_status_has_the_facts(talk):

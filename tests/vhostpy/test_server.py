@@ -4,6 +4,8 @@ import gc
 import os
 import resource
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -190,3 +192,17 @@ def test_a_defect_of_ours_costs_one_session_and_not_the_port(disk, tmp_path, mon
         assert "RuntimeError: a defect" in caplog.text
         with Attacker(path) as guest:
             assert guest.request() == 0
+
+
+def test_status_names_the_program_that_has_connected(disk, tmp_path):
+    """By its own name for itself, less what a terminal would mind."""
+    words = (
+        "import socket, sys; open('/proc/self/comm', 'w').write('\x1b[31movs\x9b-x')\n"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); sys.stdin.read()"
+    )
+    one = Server(disk, path=str(tmp_path / "s"))
+    command = [sys.executable, "-c", words, one.path]
+    with serving(one), subprocess.Popen(command, stdin=subprocess.PIPE) as peer:
+        eventually(lambda: one.status()["connected"], "the connection")
+        assert one.status()["front_end"] == "31movs-x"
+        peer.communicate()
