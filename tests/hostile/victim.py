@@ -39,12 +39,13 @@ def eventually(condition: Callable[[], Any], what: str = "it", deadline_s: float
 
 def serve(directory: Path, ports: int) -> None:
     """Until SIGTERM: ports good0 and good1, disk gooddisk, and their bad neighbours."""
-    from vhostpy import server
+    from vhostpy import lines, server
     from vhostpy.app import App, log_to_stderr, raise_fd_limit
     from vhostpy.server import Server
     from vhostpy.worker import Workers
 
-    server.REPEATS = server.CAUSES_MAX = 1 << 30  # every session's error is looked for
+    # Every session's error is looked for.
+    server.REPEATS = server.CAUSES_MAX = lines.BURST = 1 << 30
     gc.disable()  # what only a collection would free, counts as lost
     raise_fd_limit()
     log_to_stderr("victim", "info")
