@@ -228,13 +228,13 @@ class Server:
             self.failures.over()
             log.info("%s: front-end disconnected", self.device.name)
         except (VhostpyError, OSError) as error:
-            self.failures.add("session ended: %s", error)
+            self.failures.add("%s: session ended: %s", error)
         except Exception:
             # A defect of ours costs one session, not the port.
             log.exception("%s: session ended by an internal error", self.device.name)
         finally:
             for what in connection.plane.hung:
-                self.failures.add("%s", what)
+                self.failures.add("%s: %s", what)
             self.connection = None
 
 
@@ -252,13 +252,13 @@ class Failures:
         return bool(self._said)
 
     def add(self, text: str, what: object) -> None:
-        """`text` has a place for `what`: an error, or words."""
-        said = text % what
+        """`text` has a place for our name, and one for `what`: an error, or words."""
+        said = text % (self.name, what)
         if self._said[said] >= REPEATS or len(self._said) > CAUSES_MAX:
             self._unsaid += 1
         else:
             self._said[said] += 1
-            log.error(f"%s: {text}", self.name, what)
+            log.error(text, self.name, what)
 
     def over(self) -> None:
         """A session lasts, or ended well."""
