@@ -71,7 +71,8 @@ def test_a_process_that_lies_steers_no_terminal(place):
     worker = dict.fromkeys(("busy_share", "turns", "sleeps"), 0.5) | {"index": EVIL}
     status = {
         **dict.fromkeys(("name", "version", "pid"), EVIL),
-        "kind": "net", "uptime_s": 1, "memory_bytes": 1, "workers": [worker], "switch": {EVIL: EVIL},
+        "kind": "net", "uptime_s": 1, "memory_bytes": 1, "workers": [worker],
+        "switch": {EVIL: EVIL},
         "sockets": [{
             **dict.fromkeys(("name", "socket", "handshake", "waits_for", "sessions"), EVIL),
             "device": {EVIL: EVIL},
