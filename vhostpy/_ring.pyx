@@ -15,7 +15,9 @@ from vhostpy._chain cimport scratch_free, scratch_make
 from vhostpy._ends cimport (
     BROKEN_CHAIN, WorkerSide, break_ring, break_ring_for, call_driver, log_collect, log_flush,
 )
-from vhostpy._hw cimport aligned_alloc, load_acquire_u32, store_release_u32, unlikely
+from vhostpy._hw cimport (
+    aligned_alloc, load_acquire_u32, read_once_u64, store_release_u32, unlikely,
+)
 from vhostpy._inflight_packed cimport (
     packed_track_again, packed_track_published, packed_track_publishing, packed_track_rewind,
     packed_track_take,
@@ -24,7 +26,7 @@ from vhostpy._inflight_split cimport (
     split_track_published, split_track_push, split_track_rewind, split_track_take,
 )
 from vhostpy._packed cimport (
-    packed_arm, packed_disarm, packed_distance, packed_pop, packed_publish, packed_push,
+    OWNER, packed_arm, packed_disarm, packed_distance, packed_pop, packed_publish, packed_push,
     packed_rewind, packed_start,
 )
 from vhostpy._spec cimport Feature
@@ -333,6 +335,12 @@ cdef class Virtqueue:
     def deaf(self) -> bool:
         """The call fd blocks whoever writes to it: the driver is called no more."""
         return self.ring.worker.deaf != 0
+
+    @property
+    def unwritten(self) -> bool:
+        """Of a packed ring: no driver has made its first descriptor available yet."""
+        return (self.ring.control.packed
+                and not (read_once_u64(self.ring.control.desc + 8) >> 48) & OWNER)
 
     @property
     def used_index(self) -> int:

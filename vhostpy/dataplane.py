@@ -22,7 +22,7 @@ from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device import Device
 from vhostpy.errors import SHARE_ALL, SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
-from vhostpy.layout import is_packed
+from vhostpy.layout import first_base, is_packed
 from vhostpy.mapping import Mapping
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
 from vhostpy.names import fault_name
@@ -338,6 +338,10 @@ class DataPlane:
             log=dirty_log,
             used_log_gpa=used_log_gpa,
         )
+        if state.base == 0 and virtqueue.unwritten:
+            # User-mode Linux says so of any ring. Who means it has been around a packed one
+            # once, and each descriptor shows it.
+            virtqueue.base = first_base(self.features)
         if self.inflight is not None and index < self.inflight.num_queues:
             virtqueue.track(self.inflight.queue(index))
             # A back-end that was killed may have given chains back and told nobody.

@@ -26,6 +26,7 @@ from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import Refused
 from vhostpy.fds import OwnedFd
 from vhostpy.frontend import FrontEnd, Queue
+from vhostpy.layout import first_base
 from vhostpy.memory import DirtyLog
 from vhostpy.payloads import VringFile, VringState
 from vhostpy.protocol import FrontEndRequest as R
@@ -246,6 +247,26 @@ def test_a_channel_whose_writers_could_wait_for_ever_is_not_written_to(disk, pat
         guest.end.request(R.SET_BACKEND_REQ_FD, fds=[channel.fileno()])
         assert loop.run(tell(), DEADLINE_S) is False
         assert guest.request() == 0
+
+
+# Where a ring starts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", range(3))
+def test_base_0_of_a_packed_ring_means_a_new_one_until_its_descriptors_say_otherwise(
+    rounds, disk, path
+):
+    """User-mode Linux says 0 of any new ring; others mean that it has been around once."""
+    server = Server(disk, path=path)
+    with serving(server), Attacker(path, kind="packed", size=9, base=0, start=False) as guest:
+        guest.ring.restart(first_base(guest.end.features))
+        guest.start(0)
+        for done in range(3 * rounds):
+            if done % 3 == 0:
+                base = guest.end.stop_queue(0)
+                assert base == (0 if done % 2 else 0x80008000)
+                guest.start(base)
+            assert guest.request() == 0
 
 
 # Dirty log ---------------------------------------------------------------------------------
