@@ -1,7 +1,7 @@
 # Everything starts here: `make` lists the targets. Each installs what it needs first.
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
-BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace --parallel 2
+BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-long test-asan test-ceph bench bench-builds bench-peers lint annotate clean \

@@ -170,7 +170,7 @@ cdef int packed_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noex
             if index == size:
                 index = 0
                 available ^= OWNER
-        if i == limit:
+        if i >= limit:
             break
         chain = &chains[i]
         walk_begin(&walk, ring, chain, <uint16_t>(rest >> 32), segment, scratch)

@@ -170,7 +170,7 @@ cdef int split_pop(Ring *ring, Chain *chains, int limit, Scratch *scratch) noexc
                 break
             segment += 1
             i += 1
-        if i == ready:
+        if i >= ready:
             break
         if unlikely(head >= size):
             break_ring(ring)             # nothing that could be given back

@@ -132,7 +132,7 @@ cdef class ForwardingTable:
         """Evicts one entry of a port above its share, for a port below it."""
         cdef uint32_t ports = self.ports_in_use + (self.port_counts[port] == 0)
         cdef uint32_t share = self.limit / ports
-        cdef uint64_t _i
+        cdef long _i
         if self.port_counts[port] >= share:
             return False
         # Some port is above its share. Where its places are few among many, the next frame
