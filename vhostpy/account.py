@@ -32,7 +32,8 @@ class Account:
     to none of them is COMMON's, which has no share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, file_memory: bool = False) -> None:
+        self.file_memory = file_memory  # guest memory may be in a file on a disk
         self.fds = 0
         self.mappings = 0
         self.mapped_bytes = 0

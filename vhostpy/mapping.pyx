@@ -47,13 +47,12 @@ cdef extern from "<sys/mman.h>" nogil:
 MAPPED_MAX = ADDRESSES_MAX
 cdef int64_t mapped_total = 0
 
-# proc(5), mountinfo: local ones, whose page faults end. A fault on FUSE or NFS may wait
-# for a server for ever, and a worker with it. Not overlayfs: its upper layer, where the
-# pages are, may be on FUSE. (devtmpfs has devices, which are named as such.)
-LOCAL_FILE_SYSTEMS = {
-    "tmpfs", "hugetlbfs", "ramfs", "devtmpfs",
-    "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs",
-}
+# proc(5), mountinfo. A page fault on a disk takes its time, and a worker's other guests wait
+# with it: only where the operator says so. A fault on FUSE or NFS may wait for a server for
+# ever. Not overlayfs: its upper layer, where the pages are, may be on FUSE. (devtmpfs has
+# devices, which are named as such.)
+MEMORY_FILE_SYSTEMS = {"tmpfs", "hugetlbfs", "ramfs", "devtmpfs"}
+DISK_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs"}
 HUGETLBFS = 0x958458F6      # statfs(2), f_type
 COUNT_HINT = "raise vm.max_map_count, or serve fewer sockets with one process"
 # Memory is unmapped by pieces: whoever maps some waits meanwhile.
@@ -109,8 +108,8 @@ def unmap(base: int, mapped: int, account: Account) -> None:
     forget_mapping(mapped, account)
 
 
-cdef str remote_file_system(int fd):
-    """What a file is on that may wait for somebody; None where nothing does. Asks nobody."""
+cdef str slow_file_system(int fd):
+    """What a file is on whose faults may take long; None where they do not. Asks nobody."""
     if is_sealable(fd) or kind_of(fd).startswith(("pipe:", "socket:", "anon_inode:")):
         return None
     with open(f"/proc/self/fdinfo/{fd}") as info:
@@ -121,27 +120,36 @@ cdef str remote_file_system(int fd):
             mount, _, source = line.partition(" - ")
             if mount.split(" ", 1)[0] == number:
                 kind = source.split(" ", 1)[0]
-                return None if kind in LOCAL_FILE_SYSTEMS else kind
+                return None if kind in MEMORY_FILE_SYSTEMS else kind
     return "a file system that is not mounted here"
 
 
-cdef uint64_t check_file(int fd, uint64_t offset, uint64_t size, str what) except 0:
+cdef uint64_t check_file(
+    int fd, uint64_t offset, uint64_t size, str what, bint disk_allowed
+) except 0:
     """The page size of the file, if it can hold `size` bytes at `offset`."""
     cdef statfs_t fs
     try:
         fcntl.fcntl(fd, fcntl.F_GETFD)
         # fstat asks the server, if there is one, and would wait for it, too.
-        name = remote_file_system(fd)
-        status = os.fstat(fd) if name is None else None
+        name = slow_file_system(fd)
+        on_disk = name in DISK_FILE_SYSTEMS
+        status = os.fstat(fd) if name is None or on_disk else None
     except OSError as error:
         raise ProtocolError(f"{what}: {error.strerror}", SHARE_ON) from None
-    if name is not None:
+    if status is None:
         raise ProtocolError(
             f"{what}: the file is on {name}, whose page faults may block for ever",
-            "keep guest memory in a memfd, on tmpfs, hugetlbfs or a local disk",
+            "keep guest memory in a memfd, on tmpfs or hugetlbfs",
         )
     if not stat.S_ISREG(status.st_mode):
         raise ProtocolError(f"{what}: neither a memfd nor a regular file", SHARE_ON)
+    if on_disk and not disk_allowed:
+        raise ProtocolError(
+            f"{what}: the file is on a disk ({name}), whose page faults hold up other guests",
+            "keep guest memory in a memfd, on tmpfs or hugetlbfs; or start vhostpy with "
+            "--allow-file-memory",
+        )
     if fstatfs(fd, &fs) < 0:
         raise ProtocolError(f"{what}: fstatfs: {os.strerror(c_errno)}", SHARE_ON)
     # Both are below 2**64, and Python's sum does not wrap.
@@ -177,7 +185,7 @@ cdef class Mapping:
             raise ProtocolError(f"{what}: the size is not from 1 to 2**63 - 1")
         file_number = fd
         install_sigbus_handler()
-        self.page_size = check_file(file_number, offset, size, what)
+        self.page_size = check_file(file_number, offset, size, what, account.file_memory)
         self.size = size
         # fstat bounds offset + size, so none of these wraps. The end of the file bounds
         # the mapping too: a hugetlbfs file consists of whole huge pages.

@@ -57,6 +57,7 @@ class Server:
 
     Exactly one of `path` and `fd` is given. `client` connects to `path` instead of
     listening there, again and again. `fd` is a listening or a connected socket.
+    `file_memory`: guest memory may be in a file on a disk.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Server:
         client: bool = False,
         mode: int | None = None,
         group: str | None = None,
+        file_memory: bool = False,
     ) -> None:
         self.device = device
-        self.account = Account()
+        self.account = Account(file_memory=file_memory)
         self.account.open()
         self.path = path
         self.fd = fd

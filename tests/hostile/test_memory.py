@@ -12,7 +12,7 @@ import pytest
 
 from tests.hostile.pages import PAGE, UVA, memfd, region
 from tests.hostile.victim import eventually
-from vhostpy.account import COMMON
+from vhostpy.account import COMMON, Account
 from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.mapping import Mapping, poison_fd
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
@@ -80,6 +80,16 @@ def test_files_whose_pages_are_made_by_others_are_refused(path):
         assert "memfd" in caught.value.hint
     finally:
         os.close(fd)
+
+
+def test_files_on_a_disk_are_mapped_only_where_that_is_allowed():
+    """A fault waits for the disk, and every guest of the worker with it."""
+    with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
+        file.truncate(PAGE)
+        with pytest.raises(ProtocolError, match="on a disk") as caught:
+            Mapping(file.fileno(), 0, PAGE)
+        assert "--allow-file-memory" in caught.value.hint
+        Mapping(file.fileno(), 0, PAGE, Account(file_memory=True))
 
 
 def test_memory_that_cannot_be_written_is_refused():

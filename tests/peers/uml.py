@@ -121,6 +121,7 @@ def _run(
             stderr=output,
             env=environment,
             start_new_session=True,
+            env=os.environ | {"TMPDIR": "/dev/shm"},  # where its memory is: not on a disk
         )
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vhostpy.account import Account
 from vhostpy.errors import GuestError, ProtocolError
 from vhostpy.mapping import Mapping
 from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo, leaked_generations
@@ -69,8 +70,10 @@ def test_any_offset_and_length_show_the_files_bytes(memfd, offset, size):
 def test_a_deleted_file_stays_mapped_after_its_fd_is_closed(directory):
     with tempfile.NamedTemporaryFile(dir=directory) as file:
         file.truncate(2 * PAGE)
-        memory = GuestMemory([region(file.fileno(), 2 * PAGE)])
-        other = GuestMemory([region(file.fileno(), 2 * PAGE)])
+        mappings = [
+            Mapping(file.fileno(), 0, 2 * PAGE, Account(file_memory=True)) for _ in range(2)
+        ]
+    memory, other = (GuestMemory([RegionInfo(0, 2 * PAGE, UVA, m)]) for m in mappings)
     memory.write(PAGE - 2, b"spans")
     assert other.read(PAGE - 2, 5) == b"spans"
 

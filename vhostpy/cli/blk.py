@@ -145,6 +145,7 @@ def _build(options: argparse.Namespace) -> "App":
         client=options.client,
         mode=options.mode,
         group=options.group,
+        file_memory=options.allow_file_memory,
     )
     return App(
         "blk",

@@ -268,6 +268,11 @@ def add_process_flags(parser: Parser, *, queues: int, queues_limit: int, many: b
         "--group", type=group_name, action=Once, help="the socket file's group, e.g. kvm"
     )
     parser.add_argument(
+        "--allow-file-memory", action="store_true",
+        help="guest memory may be in a file on a disk: a read of it that the disk serves late "
+        "holds up other guests",
+    )  # fmt: skip
+    parser.add_argument(
         "--queues", metavar="N", type=whole(1, queues_limit), default=queues, action=Once,
         help=f"queue{' pairs' if many else 's'} shown to the guest, at most (default: {queues})",
     )  # fmt: skip

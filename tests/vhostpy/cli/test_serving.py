@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from tests.vhostpy.cli.commands import (
 )
 from vhostpy._spec import ProtocolFeature
 from vhostpy.frontend import FrontEnd
+from vhostpy.payloads import MemoryRegion, MemoryTable
 from vhostpy.protocol import (
     REQUESTS_TO_FRONT_END,
     BackEndRequest,
     Decoder,
     FrontEndRequest,
+    encode,
 )
 
 
@@ -61,6 +64,24 @@ def test_status_says_what_of_each_sockets_share_is_used(place):
         assert first["mapped_bytes_share"] == second["mapped_bytes_share"] == 32 << 40
         assert first["fds_share"] > 24 and first["mappings_share"] > 509
         assert "0.0 of 32768 GiB" in run("status", "vu0").stdout
+
+
+@pytest.mark.parametrize("flags", [(), ("--allow-file-memory",)])
+def test_memory_in_a_file_on_a_disk_is_taken_where_it_is_allowed(place, flags):
+    with (
+        tempfile.TemporaryFile(dir="/var/tmp") as file,
+        Running("blk", "--socket", "vb0", "--null", "1G", *flags) as running,
+        FrontEnd("vb0") as guest,
+    ):
+        file.truncate(1 << 20)
+        region = MemoryRegion(0, 1 << 20, 0, 0)
+        table = encode(FrontEndRequest.SET_MEM_TABLE, MemoryTable((region,)))
+        guest.send_raw(table, [file.fileno()])
+        if flags:
+            guest.get_features()
+        else:
+            assert guest.hung_up()
+    assert ("start vhostpy with --allow-file-memory" in running.stderr) == (not flags)
 
 
 def test_status_without_a_name_lists_all_that_run(place):
