@@ -34,6 +34,7 @@ log = logging.getLogger("vhostpy")
 
 TICK_S = 1.0  # ageing of the forwarding table, load figures
 ANSWER_S = 0.5  # that a question to a storage may hold up everybody's messages
+FDS_PER_QUEUE = 3  # kick, call, error
 CLOSE_S = 8.0  # longer than a ring may take to drain; then we end all the same
 
 
@@ -280,6 +281,19 @@ class App:
         log.debug("control socket: %s", path)
 
     def _advise(self) -> None:
+        for server in self.servers:
+            share, queues = server.account.fds_share, server.device.queue_limit
+            if share < FDS_PER_QUEUE * queues:
+                log.warning(
+                    "each of %d sockets may have %d file descriptors, and a guest that uses all "
+                    "%d queues needs %d\n"
+                    "  next: raise the limit of open files (ulimit -Hn), or give fewer --queues",
+                    len(self.servers),
+                    share,
+                    queues,
+                    FDS_PER_QUEUE * queues,
+                )
+                break
         if self.switch is None or len(self.servers) != 1:
             return
         path = self.servers[0].path or "/tmp/vu0"

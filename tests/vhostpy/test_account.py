@@ -9,6 +9,7 @@ from tests.hostile.victim import eventually
 from tests.serving import serving
 from vhostpy import account
 from vhostpy.account import Account
+from vhostpy.app import App
 from vhostpy.backends.disk import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
@@ -67,6 +68,17 @@ def test_a_limit_that_is_none_counts_as_what_a_system_allows(monkeypatch):
     none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda which: none)
     assert account.fd_limit() == 1 << 20
+
+
+@pytest.mark.parametrize("limit", [2 * 3 * RINGS - 2, 2 * 3 * RINGS])
+def test_a_share_too_small_for_all_queues_is_told_at_the_start(
+    among, workers, monkeypatch, caplog, limit
+):
+    monkeypatch.setattr(account, "fd_limit", lambda: limit)
+    among(0)
+    server = Server(Disk("disk", RamStorage(1 << 20), workers, queues=RINGS), path="unused")
+    App("blk", workers=workers, servers=[server])._advise()
+    assert ("all 4 queues needs 12" in caplog.text) == (limit < 2 * 3 * RINGS)
 
 
 def test_the_mapping_beyond_the_share_is_refused_and_none_of_others(among, monkeypatch):
