@@ -24,8 +24,8 @@ test:           ## all tests, guests included; some 20 minutes on two cores
 	@$(call compile,release,)
 	@$(PYTEST) -m "not long"
 
-test-long:      ## soaks: hundreds of resets, kills and migrations
-	@tests/peers/install.sh test
+test-long:      ## soaks: hundreds of resets, kills and migrations; firmware; QEMU 11
+	@tests/peers/install.sh long
 	@$(call compile,release,)
 	@$(PYTEST) -m long --timeout=3600
 

@@ -6,6 +6,7 @@
 #   tests/peers/install.sh test    ... and Debian 12's own QEMU, to test against both; libnbd
 #                                  and a server for it; fio and XFS, for guests; DPDK's testpmd;
 #                                  User-mode Linux
+#   tests/peers/install.sh long    ... and QEMU 11, OVMF, and what makes a disk for it
 #   tests/peers/install.sh ceph    what demo needs, fio, librbd and a Ceph to test against
 #
 # System packages come by apt (with sudo where the caller is not root). The newer peers are
@@ -16,10 +17,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 CACHE=$PWD/.cache
-SUITE=trixie
 # busybox-static and e2fsprogs are for inside the guests, libblkio1 for qemu-io's virtio-blk driver.
 PEERS="qemu-system-x86 qemu-utils qemu-block-extra libblkio1 seabios ipxe-qemu
        linux-image-cloud-amd64 busybox-static e2fsprogs"
+# For the long tests, in a directory of their own with all that they load.
+NEWER_PEERS="qemu-system-x86 seabios ipxe-qemu ovmf"
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
 say() { echo "install: $*" >&2; }
@@ -37,17 +39,22 @@ missing_packages() {
     python_has 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ||
         echo python3-dev
     [ -x .venv/bin/python ] || python_has 'import ensurepip, venv' || echo python3-venv
-    case $1 in demo | test | ceph) [ -e $KEYRING ] || echo debian-archive-keyring ;; esac
-    if [ "$1" = test ]; then
+    case $1 in demo | test | long | ceph) [ -e $KEYRING ] || echo debian-archive-keyring ;; esac
+    if [ "$1" = test ] || [ "$1" = long ]; then
         command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86 seabios ipxe-qemu
         command -v qemu-storage-daemon >/dev/null || echo qemu-system-common qemu-utils
         [ -e /usr/include/libnbd.h ] || echo libnbd-dev
         command -v nbdkit >/dev/null || echo nbdkit
         command -v dpdk-testpmd >/dev/null || echo dpdk-dev
         command -v linux.uml >/dev/null || echo user-mode-linux
+        [ -e /usr/sbin/insmod ] || echo kmod
+    fi
+    if [ "$1" = long ]; then
+        [ -e /usr/sbin/mkfs.vfat ] || echo dosfstools
+        command -v mcopy >/dev/null || echo mtools
     fi
     case $1 in
-        test | ceph)
+        test | long | ceph)
             command -v fio >/dev/null || echo fio
             [ -e /usr/sbin/mkfs.xfs ] || echo xfsprogs ;;
     esac
@@ -108,36 +115,42 @@ mirror() {
     echo "${found:-http://deb.debian.org/debian}"
 }
 
-unpack_peers() {
-    local root=$CACHE/$SUITE wanted archives
-    wanted=$(echo $PEERS | xargs)
+# unpack NAME WORDS PACKAGES SUITE...: packages of these suites, of the last one where it has
+# them, with all that they need, into .cache/NAME.
+unpack() {
+    local root=$CACHE/$1 apt=$CACHE/$1.apt words=$2 wanted archives suite package
+    wanted=$(echo $3 | xargs)
+    shift 3
     [ "$(cat "$root/.complete" 2>/dev/null)" != "$wanted" ] || return 0
     [ "$(dpkg --print-architecture)" = amd64 ] ||
         fail "guests need an x86-64 Debian machine" "make build works here; make demo and the guest tests do not"
-    say "QEMU 10 and a guest kernel from Debian $SUITE into .cache/ (110 MB, nothing outside it changes)"
-    rm -rf "$root" "$CACHE/apt"
-    mkdir -p "$CACHE"/apt/etc/apt/{preferences.d,apt.conf.d,trusted.gpg.d,sources.list.d} \
-        "$CACHE"/apt/var/{lib/apt/lists/partial,lib/dpkg,cache/apt/archives/partial}
-    : >"$CACHE/apt/var/lib/dpkg/status"
-    echo "deb [signed-by=$KEYRING] $(mirror) $SUITE main" >"$CACHE/apt/etc/apt/sources.list"
+    say "$words into .cache/ (nothing outside it changes)"
+    rm -rf "$root" "$apt"
+    mkdir -p "$apt"/etc/apt/{preferences.d,apt.conf.d,trusted.gpg.d,sources.list.d} \
+        "$apt"/var/{lib/apt/lists/partial,lib/dpkg,cache/apt/archives/partial}
+    : >"$apt/var/lib/dpkg/status"
+    for suite; do
+        echo "deb [signed-by=$KEYRING] $(mirror) $suite main"
+    done >"$apt/etc/apt/sources.list"
     {   # The machine's own way to the mirror (proxy, certificates), on directories of ours.
         apt-config dump --format '%F "%v";%n' Acquire
         cat <<CONF
-Dir "$CACHE/apt";
-Dir::State::status "$CACHE/apt/var/lib/dpkg/status";
+Dir "$apt";
+Dir::State::status "$apt/var/lib/dpkg/status";
 Dir::Bin::Methods "/usr/lib/apt/methods";
 Dir::Etc::netrcparts "/etc/apt/auth.conf.d";
 APT::Sandbox::User "";
 APT::Install-Recommends "false";
+APT::Default-Release "$suite";
 Acquire::Languages "none";
 CONF
-    } >"$CACHE/apt/apt.conf"
-    archives=$CACHE/apt/var/cache/apt/archives
+    } >"$apt/apt.conf"
+    archives=$apt/var/cache/apt/archives
     (
-        export APT_CONFIG=$CACHE/apt/apt.conf
+        export APT_CONFIG=$apt/apt.conf
         apt-get -qq update
         # shellcheck disable=SC2086
-        apt-get -qq -y --download-only install $PEERS >/dev/null
+        apt-get -qq -y --download-only install $wanted >/dev/null
     )
     mkdir -p "$root"/usr/{bin,sbin,lib,lib64}
     for name in bin sbin lib lib64; do ln -s usr/$name "$root/$name"; done
@@ -145,11 +158,21 @@ CONF
         dpkg-deb --fsys-tarfile "$package" |
             tar -x --keep-directory-symlink --no-same-owner -C "$root" -f -
     done
-    rm -rf "$CACHE/apt"
+    rm -rf "$apt"
     echo "$wanted" >"$root/.complete"
 }
 
-case ${1:-} in build | demo | test | ceph) ;; *) fail "usage: install.sh build|demo|test|ceph" ;; esac
+case ${1:-} in
+    build | demo | test | long | ceph) ;;
+    *) fail "usage: install.sh build|demo|test|long|ceph" ;;
+esac
 install_system_packages "$1"
 install_python_packages
-case $1 in demo | test | ceph) unpack_peers ;; esac
+case $1 in
+    demo | test | long | ceph)
+        unpack trixie "QEMU 10 and a guest kernel from Debian 13 (110 MB)" "$PEERS" trixie ;;
+esac
+case $1 in
+    long) unpack backports "QEMU 11 from Debian 13's backports, and OVMF (130 MB)" "$NEWER_PEERS" \
+        trixie trixie-backports ;;
+esac

@@ -12,6 +12,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 CACHE = PROJECT / ".cache"
 TRIXIE = CACHE / "trixie"
+BACKPORTS = CACHE / "backports"
 LIBRARIES = TRIXIE / "usr/lib/x86_64-linux-gnu"
 
 
@@ -32,18 +33,28 @@ class Program:
 
 def trixie(name: str) -> Program:
     """A program of .cache/trixie, e.g. "qemu-io"."""
+    return _unpacked(TRIXIE, name, "demo")
+
+
+def backports(name: str) -> Program:
+    """A program of .cache/backports: QEMU 11."""
+    return _unpacked(BACKPORTS, name, "long")
+
+
+def _unpacked(root: Path, name: str, target: str) -> Program:
     for directory in ("usr/bin", "usr/sbin"):
-        path = TRIXIE / directory / name
+        path = root / directory / name
         if path.exists():
             break
     else:
-        raise PeerMissing(f"{name} is not in {TRIXIE}: run tests/peers/install.sh demo")
-    loader = LIBRARIES / "ld-linux-x86-64.so.2"
-    libraries = f"{LIBRARIES}:{LIBRARIES}/ceph"
+        raise PeerMissing(f"{name} is not in {root}: run tests/peers/install.sh {target}")
+    own = root / "usr/lib/x86_64-linux-gnu"
+    loader = own / "ld-linux-x86-64.so.2"
+    libraries = f"{own}:{own}/ceph"
     # QEMU looks for its block drivers beside a binary that it believes to be the loader.
     return Program(
         (str(loader), "--library-path", libraries, str(path)),
-        {"QEMU_MODULE_DIR": str(LIBRARIES / "qemu")},
+        {"QEMU_MODULE_DIR": str(own / "qemu")},
     )
 
 

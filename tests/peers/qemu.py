@@ -33,6 +33,7 @@ class Nic:
     host_mtu: int | None = None
     reconnect: bool = False
     packed: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Drive:
     queues: int = 1
     reconnect: bool = False
     packed: bool = False
+    inflight_migration: bool = False  # QEMU 11: requests under way move with the guest
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,12 @@ class Qemu:
     name: str
     program: peers.Program
     modern: bool  # QEMU 9.2 or newer: `reconnect-ms`
+    root: Path | None = None  # where it was unpacked
 
     @property
     def library_arguments(self) -> list[str]:
-        share = peers.TRIXIE / "usr/share"
-        return ["-L", f"{share}/qemu", "-L", f"{share}/seabios"] if self.name == "qemu10" else []
+        share = f"{self.root}/usr/share"
+        return ["-L", f"{share}/qemu", "-L", f"{share}/seabios"] if self.root else []
 
     def reconnect(self) -> str:
         return ",reconnect-ms=100" if self.modern else ",reconnect=1"
@@ -68,7 +71,13 @@ class Qemu:
 
 def qemu10() -> Qemu:
     """QEMU 10 of Debian 13, in .cache/."""
-    return Qemu("qemu10", peers.trixie("qemu-system-x86_64"), modern=True)
+    return Qemu("qemu10", peers.trixie("qemu-system-x86_64"), modern=True, root=peers.TRIXIE)
+
+
+def qemu11() -> Qemu:
+    """QEMU 11 of Debian 13's backports, in .cache/."""
+    program = peers.backports("qemu-system-x86_64")
+    return Qemu("qemu11", program, modern=True, root=peers.BACKPORTS)
 
 
 def qemu7() -> Qemu:
@@ -94,6 +103,8 @@ def network_arguments(qemu: Qemu, index: int, nic: Nic, msix: bool) -> list[str]
         device += ",vectors=0"
     if nic.packed:
         device += ",packed=on"
+    if nic.in_order:
+        device += ",in_order=on"
     if nic.host_mtu:
         device += f",host_mtu={nic.host_mtu}"
     return [
@@ -108,7 +119,7 @@ def disk_arguments(qemu: Qemu, index: int, drive: Drive) -> list[str]:
     return [
         "-chardev", f"socket,id={name},path={drive.socket}" + qemu.reconnect() * drive.reconnect,
         "-device", f"vhost-user-blk-pci,chardev={name},num-queues={drive.queues}"
-        + ",packed=on" * drive.packed,
+        + ",packed=on" * drive.packed + ",inflight-migration=on" * drive.inflight_migration,
     ]
 
 
