@@ -148,8 +148,9 @@ def _check_raw(fd: int, path: str, read_only: bool) -> None:
     if found == "luks":
         log.warning("%s: encrypted by LUKS; the guest sees it so, and needs the key", path)
     elif found:
+        harm = "could not read" if read_only else "would destroy"
         raise ConfigError(
-            f"{path}: a {found} image, which a guest would destroy: we serve raw ones",
+            f"{path}: a {found} image, which a guest {harm}: we serve raw ones",
             how_to_serve(path, found, read_only),
         )
 
