@@ -96,12 +96,13 @@ class BuildExt(build_ext):
 
     def finalize_options(self):
         processors = len(os.sched_getaffinity(0))
+        keep_symbols = self.inplace or self.editable_mode or DEBUG
         # Others only ask which sources there are.
         if not {"sdist", "egg_info", "dist_info"} & set(self.distribution.commands):
             from Cython.Build import cythonize
 
             self.distribution.ext_modules = cythonize(
-                extensions([] if self.inplace or DEBUG else ["-s"]),
+                extensions([] if keep_symbols else ["-s"]),
                 compiler_directives=DIRECTIVES,
                 annotate=os.environ.get("VHOSTPY_ANNOTATE") == "1",
                 show_all_warnings=False,
