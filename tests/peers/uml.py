@@ -102,7 +102,11 @@ def run_in_uml(
         "panic=-1",
         *(f"virtio_uml.device={path}:{VIRTIO_BLK}" for path in disks),
     ]
-    environment = {**os.environ, "LD_PRELOAD": str(registers)}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(registers),
+        "TMPDIR": "/dev/shm",  # where its memory is: not on a disk
+    }
     output = _run(arguments, environment, directory / "console.log", timeout_s)
     output, found, status = output.rpartition(ENDED)
     if not found:
@@ -121,7 +125,6 @@ def _run(
             stderr=output,
             env=environment,
             start_new_session=True,
-            env=os.environ | {"TMPDIR": "/dev/shm"},  # where its memory is: not on a disk
         )
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -60,7 +60,7 @@ cdef class Recycler(Pollable):
 class NullNet:
     """A `Device` of this kind; `NullNet.couple` makes two that answer each other."""
 
-    kind = "net"
+    kind, lossy, positions = "net", True, None
 
     def __init__(self, name, workers, pairs=1):
         self.name, self.workers = name, workers

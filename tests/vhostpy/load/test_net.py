@@ -117,7 +117,7 @@ def test_more_queues_than_there_are_is_told(workers, tmp_path):
 class Courier:
     """Carries frames from the first queue pair's tx to its rx, by Python, through `deliver`."""
 
-    kind = "net"
+    kind, lossy, positions = "net", True, None
     queue_limit, queue_number = 2, 1
 
     def __init__(self, name, workers):
