@@ -294,7 +294,7 @@ cdef class DiskQueue(Pollable):
             self.counts.bad_chains += 1
             return False
         self.counts.chain_faults[chain.fault & 7] += 1
-        if not chain.has_status:
+        if chain.segments == NULL:
             return False
         if self.first_fault == CHAIN_OK:
             self.first_fault = chain.fault

@@ -27,8 +27,8 @@ cdef enum:
     # chain is not taken.
     WALK_STOP = -1
 
-# Why a chain is unusable; such a chain comes out of pop() with no segments (but see
-# `has_status`). Its owner counts it under this name, and gives it back unused or refuses it.
+# Why a chain is unusable; such a chain comes out of pop() with no segments that are counted.
+# Its owner counts it under this name, and gives it back unused, answers or refuses it.
 cpdef enum ChainFault:
     CHAIN_OK = 0
     CHAIN_BAD_INDEX = 1          # head or next beyond the queue's size
@@ -41,7 +41,9 @@ cpdef enum ChainFault:
     CHAIN_FAULTS = 8
 
 cdef struct Chain:
-    Segment *segments      # readable ones first, then writable ones; in the scratch
+    # Readable ones first, then writable ones; in the scratch. Of a faulty one, where a status
+    # byte ends the ring's chains: that byte, or NULL where nobody can tell where it is.
+    Segment *segments
     uint16_t readable      # count of segments
     uint16_t writable
     uint16_t id            # what used entries name: head index (split), buffer id (packed)
@@ -50,7 +52,6 @@ cdef struct Chain:
     uint32_t writable_bytes
     uint32_t fault         # ChainFault
     uint16_t entry         # packed, where chains outlive us: the first one of its record
-    uint16_t has_status    # of a faulty one: its last writable byte is segments[0]
     uint16_t walked        # of one with a fault: descriptors looked at, 65,535 at most
 
 cdef extern from *:
@@ -95,10 +96,10 @@ cdef struct Walk:
     uint64_t readable_bytes
     uint64_t writable_bytes
     uint32_t steps         # descriptors looked at, by this pop()
+    uint32_t begun         # of them, when this chain began
     int fault              # of a chain that is followed on, to its status byte
     uint64_t status_gpa    # of that: the last byte of its last writable descriptor so far
     bint has_status
-    uint32_t begun         # of them, when this chain began
 
 
 cdef inline Descriptor split_descriptor(uint64_t gpa, uint64_t rest) noexcept nogil:
@@ -233,8 +234,7 @@ cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil
 cdef inline int walk_end(Walk *walk, int result, Chain *chain) noexcept nogil:
     """Makes the chain of what was walked, with this result; its segments, or WALK_STOP.
 
-    Of a faulty chain `fault` is set, and it has none; but the one of its status byte, where
-    the ring's chains have one, its end was found, and that byte is there.
+    Of a faulty chain `fault` is set, and nothing of it can be used but its status byte.
     """
     if unlikely(result or walk.fault or (walk.readable_bytes + walk.writable_bytes) >> 32):
         return walk_failed(walk, result, chain)

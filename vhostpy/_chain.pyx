@@ -7,6 +7,9 @@ from libc.stdlib cimport free
 from vhostpy._hw cimport aligned_alloc, read_once_u8, read_once_u64
 from vhostpy.memory cimport TRANSLATE_FAULT
 
+# A burst of them is 2 KiB, and no two lines of it hold one.
+assert sizeof(Chain) == 32
+
 cdef enum:
     # A chain "longer than the Queue Size" is forbidden, yet Linux builds such indirect
     # tables on small queues; up to here (UIO_MAXIOV) we take them too.
@@ -113,7 +116,6 @@ cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil:
     cdef int got
     chain.readable = chain.writable = 0
     chain.readable_bytes = chain.writable_bytes = 0
-    chain.has_status = 0
     if result == WALK_STOP:
         return WALK_STOP
     if result == 0 and walk.fault == CHAIN_OK:
@@ -122,6 +124,7 @@ cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil:
         result = walk_fault(walk, none, CHAIN_TOO_LONG)
     chain.fault = walk.fault if walk.fault else result
     chain.walked = <uint16_t>min(walk.steps - walk.begun, <uint32_t>0xffff)
+    chain.segments = NULL
     if result or not walk.has_status:
         return 0            # its end was not reached, or no byte of it can be a status
     got = translate(walk.ring.control.map, walk.status_gpa, 1, walk.out, walk.room,
@@ -130,5 +133,5 @@ cdef int walk_failed(Walk *walk, int result, Chain *chain) noexcept nogil:
         return 0
     if got <= 0:
         return WALK_STOP
-    chain.has_status = 1
+    chain.segments = walk.out
     return 1
