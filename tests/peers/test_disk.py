@@ -15,7 +15,7 @@ from tests.backends.nbdkit import Nbdkit
 from tests.peers import peers, traffic
 from tests.peers.backend import Backend
 from tests.peers.guest import Guest
-from tests.peers.qemu import Drive, Qemu, qemu7, qemu10
+from tests.peers.qemu import Drive, Qemu, qemu7, qemu10, qemu11
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
 
@@ -44,12 +44,18 @@ def assert_sound(image: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-DISKS = {"qemu10": (qemu10, 1), "qemu10-4queues": (qemu10, 4), "qemu7": (qemu7, 1)}
+DISKS = {
+    "qemu10": (qemu10, 1),
+    "qemu10-4queues": (qemu10, 4),
+    "qemu7": (qemu7, 1),
+    "qemu11": (qemu11, 2),
+}
+LONG_DISKS = [pytest.param(name, marks=pytest.mark.long) for name in ("qemu10", "qemu11")]
 
 
 @pytest.fixture(
     scope="module",
-    params=["qemu10-4queues", "qemu7", pytest.param("qemu10", marks=pytest.mark.long)])
+    params=["qemu10-4queues", "qemu7", *LONG_DISKS])
 def disk(request: pytest.FixtureRequest, directory: Path) -> Iterator[Disk]:
     make_qemu, queues = DISKS[request.param]
     qemu: Qemu = make_qemu()
@@ -60,7 +66,8 @@ def disk(request: pytest.FixtureRequest, directory: Path) -> Iterator[Disk]:
         backend = stack.enter_context(Backend(
             "blk", "--socket", here / "vb0", "--file", image, "--serial", SERIAL, directory=here))
         guest = stack.enter_context(Guest(
-            "a", here / "a", qemu=qemu, drives=[Drive(here / "vb0", queues)], cpus=queues))
+            "a", here / "a", qemu=qemu, cpus=queues,
+            drives=[Drive(here / "vb0", queues, inflight_migration=request.param == "qemu11")]))
         yield Disk(backend, guest, image, queues)
 
 

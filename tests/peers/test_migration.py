@@ -4,6 +4,7 @@ QEMU copies memory while the guest runs and relies on the dirty log of every bac
 page that we wrote and did not log would show here as a lost ping or a wrong checksum.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from tests.peers import traffic
 from tests.peers.backend import Backend
 from tests.peers.guest import Guest, boot
-from tests.peers.qemu import Drive, Nic
+from tests.peers.qemu import Drive, Nic, Qemu, qemu10, qemu11
 from tests.peers.test_disk import assert_sound, make_image
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
@@ -76,8 +77,14 @@ done
 """
 
 
-def test_guest_moves_while_it_writes_to_our_disk(directory: Path) -> None:
-    here = directory / "disk"
+@pytest.mark.parametrize(
+    ("make_qemu", "inflight"), [(qemu10, False), pytest.param(qemu11, True, marks=pytest.mark.long)]
+)
+def test_guest_moves_while_it_writes_to_our_disk(
+    make_qemu: Callable[[], Qemu], inflight: bool, directory: Path
+) -> None:
+    """`inflight`: QEMU takes the requests under way along instead of waiting for them."""
+    here = directory / f"disk-{inflight}"
     here.mkdir()
     image = make_image(here / "disk.img")
     with ExitStack() as stack:
@@ -88,7 +95,8 @@ def test_guest_moves_while_it_writes_to_our_disk(directory: Path) -> None:
             stack.enter_context(
                 Backend(
                 "blk", "--socket", socket, "--file", image, "--share-rw", directory=here / name))
-            guests.append(Guest(name, here / name, drives=[Drive(socket)]))
+            drive = Drive(socket, inflight_migration=inflight)
+            guests.append(Guest(name, here / name, qemu=make_qemu(), drives=[drive]))
         source, target = guests
         for guest in guests:
             stack.callback(guest.close)
