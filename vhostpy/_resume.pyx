@@ -75,7 +75,7 @@ cdef reconcile_packed(Virtqueue queue, bint lossy, kept):
     cdef int position, end
     what = f"base {queue.base:#x} contradicts the packed ring"
     if not lossy:
-        if not was_used(ring, base):
+        if is_blank(ring) or not was_used(ring, base):
             return Verdict()
         return broken(queue, f"{what}: nobody knows what was done",
                       "reset the device, or give it a front-end that has INFLIGHT_SHMFD")
@@ -119,6 +119,15 @@ cdef bint was_used(const Ring *ring, uint16_t position):
             or state_at(ring, previous(position, size)) == USED_BEFORE)
 
 
+cdef bint is_blank(const Ring *ring):
+    """Nothing was ever offered, and nothing speaks against any base."""
+    cdef uint32_t i
+    for i in range(2 * ring.control.size):
+        if read_once_u64(ring.control.desc + 8 * i):
+            return False
+    return True
+
+
 cdef bint is_new(const Ring *ring):
     """No device has used anything: its driver has just made it, of zeros.
 
@@ -144,7 +153,7 @@ cdef int choose(const Ring *ring, uint16_t base, kept):
     """The position of the next used descriptor, or NOWHERE."""
     cdef uint32_t size = ring.control.size
     cdef int position = NOWHERE
-    if base == FIRST and is_new(ring):
+    if is_blank(ring) or (base == FIRST and is_new(ring)):
         return base
     if kept is not None:
         position = published(ring, kept)

@@ -297,3 +297,10 @@ def test_a_packed_ring_that_more_than_one_position_explains_is_broken(case):
         device.set_live(True)
         with pytest.raises(GuestError):
             device.take()
+
+
+def test_a_packed_ring_of_zeros_starts_at_its_base_wherever_that_is():
+    with Rings("packed", size=SIZE) as rings:
+        device = started_at(rings, 0x8005_8005)
+        assert reconcile(device, True, (0x8003, 0x8009)).text == ""
+        assert device.base == 0x8005_8005
