@@ -294,7 +294,7 @@ class Disk:
         """Holds from now on, for all queues together. Raises ConfigError for what cannot be."""
         self._limits.set(settings)
         if self._limits.any:
-            for ring in self._rings.values():
+            for ring in list(self._rings.values()):
                 if ring.queue.timer_fd < 0:
                     ring.queue.open_timer()
                     self._watch(ring)
@@ -318,7 +318,7 @@ class Disk:
 
     def attend(self) -> None:
         """A worker wanted attention: says the first I/O error and the first fault, once."""
-        for ring in self._rings.values():
+        for ring in list(self._rings.values()):
             self._tell(ring.queue)
 
     def status(self) -> dict[str, Any]:
@@ -354,7 +354,7 @@ class Disk:
         """How long requests took, by operation; rings that stopped included."""
         bins: dict[str, Any] = {}
         add_bins(bins, self._past_latency)
-        for ring in self._rings.values():
+        for ring in list(self._rings.values()):
             add_bins(bins, ring.queue.latency_bins())
         found: dict[str, Any] = summary(bins)
         return found
@@ -383,7 +383,7 @@ class Disk:
         has_wce = self._features >> Feature.BLK_CONFIG_WCE & 1
         can_flush = self._features >> Feature.BLK_FLUSH & 1
         self._write_through = not (self._writeback if has_wce else can_flush)
-        for ring in self._rings.values():
+        for ring in list(self._rings.values()):
             ring.queue.set_write_through(self._write_through)
 
     def _tell(self, queue: DiskQueue) -> None:

@@ -13,7 +13,7 @@ from libc.stdlib cimport calloc, free
 
 from vhostpy._chain cimport DESCRIPTOR_SIZE
 from vhostpy._hw cimport (
-    read_once_u16, read_once_u64, store_release_u16, write_once_u16, write_once_u64,
+    read_once_u16, read_once_u64, read_once_u8, store_release_u16, write_once_u16, write_once_u64,
 )
 from vhostpy._inflight_packed cimport (
     PACKED_ENTRY, PACKED_HEADER, packed_put_again, packed_recover, packed_track_begin,
@@ -112,12 +112,24 @@ class InflightArea:
         return InflightQueue(self.mapping, index * self.region_bytes, self.region_bytes)
 
 
+cdef void touch(const uint8_t *start, uint64_t size) noexcept nogil:
+    """Has the pages there, now."""
+    cdef uint64_t at
+    for at in range(0, size, 4096):
+        read_once_u8(start + at)
+    read_once_u8(start + size - 1)
+
+
 cdef uint64_t read_word(Mapping mapping, uint64_t offset):
-    return read_once_u64(mapping.data + offset)
+    cdef uint64_t value
+    with nogil:         # a page fault may last
+        value = read_once_u64(mapping.data + offset)
+    return value
 
 
 cdef write_word(Mapping mapping, uint64_t offset, uint64_t value):
-    write_once_u64(mapping.data + offset, value)
+    with nogil:
+        write_once_u64(mapping.data + offset, value)
 
 
 cdef class InflightQueue:
@@ -145,7 +157,15 @@ cdef class InflightQueue:
     cdef start(self, Ring *ring):
         cdef Tracker *tracker = &self.tracker
         cdef bint packed = ring.control.packed
-        cdef uint16_t version = read_once_u16(tracker.region + REGION_VERSION)
+        cdef uint16_t version
+        # What follows has the interpreter's lock: no page fault is to last there.
+        with nogil:
+            touch(tracker.region, self.size_bytes)
+            if packed:
+                touch(ring.control.desc, DESCRIPTOR_SIZE * ring.control.size)
+            else:
+                touch(ring.control.used, 4 + 8 * ring.control.size)
+        version = read_once_u16(tracker.region + REGION_VERSION)
         cdef uint32_t size = ring.control.size, room
         if packed:
             room = (self.size_bytes - PACKED_HEADER) // PACKED_ENTRY

@@ -299,10 +299,12 @@ cdef class Virtqueue:
         cdef WorkerSide *worker = &self.ring.worker
         self._want_held()
         check_base(value, self.ring.control.size, self.features)
-        if self.ring.control.packed:
-            packed_start(self.ring, value)
-        else:
-            split_start(self.ring, value)
+        cdef uint32_t start = value
+        with nogil:     # it looks at used.idx: a page fault may last
+            if self.ring.control.packed:
+                packed_start(self.ring, start)
+            else:
+                split_start(self.ring, start)
         worker.signalled_valid = 0
         worker.kicks_wanted = 1
         worker.broken = 0

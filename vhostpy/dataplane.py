@@ -19,6 +19,7 @@ from vhostpy._inflight import InflightArea
 from vhostpy._resume import reconcile
 from vhostpy._ring import ChainFault, Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.aside import aside
 from vhostpy.device import Device
 from vhostpy.errors import SHARE_ALL, SHARE_ON, GuestError, ProtocolError
 from vhostpy.fds import OwnedFd, is_eventfd, kind_of
@@ -40,6 +41,14 @@ log = logging.getLogger("vhostpy")
 DRAIN_DEADLINE_S = 5.0
 # What helps a ring that is broken.
 RESET = "reset the device: reboot the guest, or bind its driver anew"
+
+# What reads and writes memory of the front-end's, or may; and what takes running rings back,
+# for which it waits until no worker touches that.
+LASTING = (e.StartRing, e.SetRingBase, e.SetInflight, e.WriteConfig)
+HOLDING = (
+    *(e.SetFeatures, e.SetMemory, e.AddRegion, e.RemoveRegion, e.SetLog, e.EnableRing),
+    *(e.SetRingCall, e.SetRingKick, e.SetRingAddresses),
+)
 
 
 @dataclass(slots=True)
@@ -71,6 +80,15 @@ class DataPlane:
 
     async def carry_out(self, effect: e.Effect) -> None:
         """Does what `effect` says. StopRing has a result: see `stop_ring`."""
+        if isinstance(effect, e.ResetDevice):
+            for index in list(self.rings):
+                await self.stop_ring(index)
+        elif isinstance(effect, LASTING) or (self.rings and isinstance(effect, HOLDING)):
+            await aside(self._do, effect)
+        else:
+            self._do(effect)
+
+    def _do(self, effect: e.Effect) -> None:
         match effect:
             case e.SetFeatures(features):
                 self._set_features(features)
@@ -126,9 +144,6 @@ class DataPlane:
                     self.inflight.note = self.device.note()
             case e.SetStatus():
                 pass
-            case e.ResetDevice():
-                for index in list(self.rings):
-                    await self.stop_ring(index)
             case _:
                 raise NotImplementedError(effect)
 
@@ -144,7 +159,7 @@ class DataPlane:
                     f"{self.device.name}: {what} was truncated or cannot be read",
                     "the front-end must not shrink memory that it shares; start it again",
                 )
-        for index, ring in self.rings.items():
+        for index, ring in list(self.rings.items()):
             if ring.virtqueue.deaf:
                 raise GuestError(
                     f"{self.device.name}: ring {index}: its call fd blocks us",
@@ -170,9 +185,10 @@ class DataPlane:
         )
         for ring in self.rings.values():
             ring.virtqueue.set_live(False)
-        self.workers.wait()
+        if self.rings:
+            await aside(self.workers.wait)
         for index, done in zip(indexes, drained, strict=True):
-            self._take_down(index)
+            await aside(self._take_down, index)
             if done is not True:
                 self.hung.append(done or self._hung(index))
         self.device.closed()
@@ -410,14 +426,17 @@ class DataPlane:
         ring = self.rings[index]
         drained = await self.device.ring_drain(index, DRAIN_DEADLINE_S)
         ring.virtqueue.set_live(False)
-        self.workers.wait()
-        self._take_down(index)
+        await aside(self._stop_held, index)
         if not drained:
             raise self._hung(index)
         place = ring.virtqueue.place
         if place is not None and self.session.rings[index].stop_reason is not StopReason.UNMAPPED:
             place.forget()  # the front-end knows
         return ring.virtqueue.base
+
+    def _stop_held(self, index: int) -> None:
+        self.workers.wait()
+        self._take_down(index)
 
     def _take_down(self, index: int) -> None:
         """The ring is held; the device gives it back."""

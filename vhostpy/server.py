@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import stat
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -408,12 +409,19 @@ def _watch_workers(device: Device) -> None:
 def _look_after_all(fd: int, workers: Workers) -> None:
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
-    for name in workers.isolate():
-        log.warning(
-            "%s: its memory blocked a worker again and again: a queue is polled apart", name
-        )
+    if workers.wants_isolation():
+        threading.Thread(target=_isolate, args=[workers], daemon=True).start()
     for connection in list(Connection.open):
         connection.look_after()
+
+
+def _isolate(workers: Workers) -> None:
+    for name in workers.isolate():
+        log.warning(
+            "%s: it blocked a worker again and again, by slow memory or a call fd that blocks: "
+            "a queue is polled apart",
+            name,
+        )
 
 
 # Sockets -----------------------------------------------------------------------------

@@ -125,18 +125,27 @@ cdef class Workers:
         cdef Table *old = NULL
         moved = []
         for home in self.workers[:self.regular]:
-            for pollable in [one for one in home.watched if (<Pollable>one).banned]:
+            for pollable in list(home.watched):
+                if not pollable.banned:
+                    continue
+                # All of it under the lock: whoever removes it meanwhile must find it.
                 with self.lock:
+                    if pollable.home is not home:
+                        continue
                     away = self.quarantine()
                     fds = home.watched[pollable]
                     old = home.remove(pollable)
-                self.free_unused(old)
-                pollable.conduct.apart = True
-                with self.lock:
+                    self.free_unused(old)
+                    pollable.conduct.apart = True
                     old = away.add(pollable, fds)
                 self.free_unused(old)
                 moved.append(pollable.conduct.name)
         return moved
+
+    def wants_isolation(self) -> bool:
+        """Whether there are some that isolate() would move."""
+        return any((<Pollable>pollable).banned for home in self.workers[:self.regular]
+                   for pollable in list((<Worker>home).watched))
 
     cdef Worker quarantine(self):
         """The worker for those whose memory is slow; made when the first one is."""

@@ -145,14 +145,15 @@ cdef class Switch:
 
     def status(self) -> dict:
         """Ports and the forwarding table's counts."""
+        queues = list(self.forwarders)
         return {
             "name": self.name,
             "port_count": len(self.attached),
-            "queue_count": len(self.forwarders),
+            "queue_count": len(queues),
             **{f"fdb_{name}": value for name, value in self.fdb.status().items()},
             "ports": [
                 {"index": index, "name": port.name,
-                 "queues": sorted(queue for i, queue in self.forwarders if i == index)}
+                 "queues": sorted(queue for i, queue in queues if i == index)}
                 for index, port in sorted(self.attached.items())
             ],
         }

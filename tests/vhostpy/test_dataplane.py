@@ -13,6 +13,7 @@ import pytest
 
 from tests.hanging import held, lingering_socket
 from tests.hostile.attacker import EVERYTHING, Attacker, eventfd
+from tests.hostile.pagefaults import PageFaults
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import open_fds
@@ -302,6 +303,35 @@ def test_the_log_is_forgotten_when_the_migration_ends(disk, path):
         guest.set_features(features)
         guest.start_queue(0, 64)
         assert plane.rings == {}
+
+
+# Memory in which a page fault lasts ---------------------------------------------------------
+
+
+def test_a_page_fault_of_a_ring_that_starts_holds_up_no_other_session(
+    disk, workers, path, tmp_path
+):
+    size, layout = 256, ((0x100000, 64 << 20),)
+    part, slow = 0x100000 + (16 << 20), 0x100000 + (32 << 20)
+    net = NetDevice("net", Switch(workers))
+    servers = Server(net, path=path), Server(disk, path=str(tmp_path / "disk"))
+    with serving(*servers), FrontEnd(path, layout=layout) as guest:
+        guest.negotiate(FEATURES)
+        guest.set_mem_table()
+        queue = Queue(
+            1, size, guest.features, part, part + (1 << 20), slow, None,
+            eventfd(), eventfd(), eventfd(),
+        )  # fmt: skip
+        guest.queues[1] = queue
+        memory = eventually(lambda: servers[0].connection.plane.memory)
+        with PageFaults(memory, slow, 1 << 20) as faults:
+            guest.announce(queue, base=0)
+            page = faults.begun()
+            with connect(str(tmp_path / "disk")) as other:
+                offer_read(other, other.start_queue(0, 64))
+                other.queues[0].wait_used()
+            faults.end(page)
+            eventually(lambda: net.status()["rings_started"])
 
 
 # The end of a session ----------------------------------------------------------------------

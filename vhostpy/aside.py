@@ -1,0 +1,53 @@
+"""What may last, off the event loop: in a thread, and never left half-way."""
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def aside(work: Callable[..., T], *arguments: object) -> T:
+    """Calls it in a thread of its own, and returns what it returns.
+
+    For what touches guest memory, where a page fault may last, and what waits for workers,
+    which touch it too: one session's message waits then, and no other's. The end is waited
+    for, however often the caller is cancelled: nothing is to happen behind its back.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+    threading.Thread(
+        target=_run, args=(loop, done, work, arguments), name="vhostpy-aside", daemon=True
+    ).start()
+    cancelled = False
+    while not done.done():
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        done.exception()
+        raise asyncio.CancelledError
+    try:
+        return done.result()
+    finally:
+        del done  # an error's traceback refers to this frame
+
+
+def _run(
+    loop: asyncio.AbstractEventLoop,
+    done: asyncio.Future[Any],
+    work: Callable[..., Any],
+    arguments: tuple[object, ...],
+) -> None:
+    tell: Callable[[], None]
+    try:
+        tell = functools.partial(done.set_result, work(*arguments))
+    except BaseException as error:
+        tell = functools.partial(done.set_exception, error)
+    with contextlib.suppress(RuntimeError):  # the loop is gone
+        loop.call_soon_threadsafe(tell)
+    del tell, done  # an error's traceback refers to this frame, too
