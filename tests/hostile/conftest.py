@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.attacker import Attacker
+from tests.hostile.canary import Canary
 from tests.hostile.innocent import Innocent
 from tests.hostile.victim import Victim, eventually, victim
 
@@ -21,11 +22,13 @@ class Place:
 
     victim: Victim
     innocent: Innocent
+    canary: Canary
 
     @contextlib.contextmanager
     def unnoticed(self, *, may_lose: bool = False, bound_s: float = BOUND_S) -> Iterator[None]:
-        """The innocent lose nothing meanwhile and wait for nothing longer than the bound;
-        when the attackers have gone, the victim holds what it held before."""
+        """The innocent lose nothing meanwhile and wait for nothing longer than the bound, not
+        a byte of the canary changes; when the attackers have gone, the victim holds what it
+        held before."""
         before = self.victim.footprint()
         start = self.innocent.report()
         yield
@@ -33,6 +36,7 @@ class Place:
         assert may_lose or end["lost"] == start["lost"]
         assert end["slowest_s"] < bound_s
         assert self.victim.process.poll() is None
+        assert self.canary.changed() == 0
         eventually(
             lambda: self.victim.footprint() == before,
             f"{before}, as before the attack; {self.victim.footprint()} now",
@@ -63,8 +67,10 @@ def place_of(directory: Any, ports: int = 3) -> Iterator[Place]:
             assert first.request() == 0  # a file's threads are there from then on
         innocent = Innocent(directory)
         try:
-            yield Place(target, innocent)
-            innocent.goes_on()
+            with Canary(target.path("canary")) as canary:
+                yield Place(target, innocent, canary)
+                innocent.goes_on()
+                assert canary.changed() == 0
         finally:
             innocent.close()
 

@@ -185,6 +185,7 @@ def run(directory: Path) -> None:
         report = {
             "frames": pair.done,
             "lost": pair.lost,
+            "foreign": sum(station.foreign for station in pair.stations),
             "blocks": disk.done,
             "slowest_s": max(worker.slowest_s for worker in workers),
             "failure": pair.failure or disk.failure,

@@ -487,25 +487,6 @@ def test_mutated_conversation_ends_in_answers_or_one_error_and_no_file(seed):
     assert open_fds() <= before  # a close of before may have been slow
 
 
-@pytest.mark.long
-def test_a_million_mutated_messages_over_a_socket_end_nothing_but_their_sessions(place, caplog):
-    caplog.set_level("CRITICAL", "vhostpy")  # pytest would keep each line for its report
-    path, innocent = place
-    rng = random.Random(1)
-    sent = 0
-    while sent < 1_000_000:
-        with FrontEnd(path, timeout_s=20) as guest, memory_file() as memory:
-            for wire, count in conversation(rng):
-                fds = [memory] * count if wire[0] in (5, 6, 37) else files(count)
-                try:
-                    guest.send_raw(wire, fds)
-                except OSError:
-                    break
-                sent += 1
-        if sent % 1000 < 20:
-            innocent.wait()
-
-
 def memory_file() -> OwnedFd:
     return OwnedFd(memfd(1 << 20))
 

@@ -38,7 +38,7 @@ def eventually(condition: Callable[[], Any], what: str = "it", deadline_s: float
 
 
 def serve(directory: Path, ports: int) -> None:
-    """Until SIGTERM: ports good0 and good1, disk gooddisk, and their bad neighbours."""
+    """Until SIGTERM: ports good0, good1 and canary, disk gooddisk, and their bad neighbours."""
     from vhostpy import lines, server
     from vhostpy.app import App, log_to_stderr, raise_fd_limit
     from vhostpy.server import Server
@@ -51,7 +51,7 @@ def serve(directory: Path, ports: int) -> None:
     log_to_stderr("victim", "info")
     workers = Workers(1)
     switch = Switch(workers)
-    names = ["good0", "good1", *(f"bad{i}" for i in range(ports))]
+    names = ["good0", "good1", "canary", *(f"bad{i}" for i in range(ports))]
     devices: list[Any] = [NetDevice(name, switch, pairs=2) for name in names]
     for name in ("gooddisk", "badfile"):
         (directory / f"{name}.img").write_bytes(bytes(DISK_SIZE))
