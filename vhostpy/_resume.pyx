@@ -112,18 +112,24 @@ cdef inline int state_at(const Ring *ring, uint16_t position) noexcept:
     return state_of(flags_at(ring, position), position)
 
 
+cdef inline bint was_written(const Ring *ring, uint32_t index) noexcept:
+    """Zeros look used every other round; what was used has an address."""
+    cdef const uint8_t *where = ring.control.desc + DESCRIPTOR_SIZE * index
+    return (read_once_u64(where) | read_once_u64(where + 8)) != 0
+
+
 cdef bint was_used(const Ring *ring, uint16_t position):
     """The driver has seen a used descriptor there, or none yet right before it."""
     cdef uint32_t size = ring.control.size
-    return (state_at(ring, position) == PUSHED
+    return (state_at(ring, position) == PUSHED and was_written(ring, position & INDEX)
             or state_at(ring, previous(position, size)) == USED_BEFORE)
 
 
 cdef bint is_blank(const Ring *ring):
     """Nothing was ever offered, and nothing speaks against any base."""
     cdef uint32_t i
-    for i in range(2 * ring.control.size):
-        if read_once_u64(ring.control.desc + 8 * i):
+    for i in range(ring.control.size):
+        if was_written(ring, i):
             return False
     return True
 
@@ -131,20 +137,17 @@ cdef bint is_blank(const Ring *ring):
 cdef bint is_new(const Ring *ring):
     """No device has used anything: its driver has just made it, of zeros.
 
-    Every other round flags look the same; but what was used then has an address. (A ring whose
+    Every other round flags look the same, but not all of what was used then. (A ring whose
     last used chains span its end, and whose driver has offered all before them and no more,
     looks new as well: less likely than a guest that was started again while we were away.)
     """
-    cdef const uint8_t *where
     cdef uint16_t flags
     cdef uint32_t i
     for i in range(ring.control.size):
-        where = ring.control.desc + DESCRIPTOR_SIZE * i
-        flags = read_once_u16(where + FLAGS)
+        flags = flags_at(ring, <uint16_t>i)
         if flags & DescriptorFlag.DESC_USED:
             return False
-        if not flags & DescriptorFlag.DESC_AVAIL and (
-                read_once_u64(where) or read_once_u64(where + 8)):
+        if not flags & DescriptorFlag.DESC_AVAIL and was_written(ring, i):
             return False
     return True
 
@@ -274,7 +277,8 @@ cdef int finish(Ring *ring, uint16_t start):
             chains += 1
         position = step_one(position, size)
         slots += 1
-    if slots == 0 or slots == size or state_at(ring, position) != PUSHED:
+    if (slots == 0 or slots == size or state_at(ring, position) != PUSHED
+            or not was_written(ring, position & INDEX)):
         return start
     if chains != 1 and not (ring.control.in_order and chains):
         return NOWHERE

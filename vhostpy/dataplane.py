@@ -70,6 +70,7 @@ class DataPlane:
         self.inflight: InflightArea | None = None
         self.features = 0
         self.rings: dict[int, RunningRing] = {}
+        self._given: dict[int, int] = {}  # the base that a ring had when it was stopped
         self.retired: list[GuestMemory] = []
         self._files: dict[int, tuple[int, int]] = {}  # by a region's GPA: device and inode
         self.backend_channel: OwnedFd | None = None
@@ -363,7 +364,11 @@ class DataPlane:
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
         place = self._claim(index)
-        self._reconcile(index, virtqueue, place, place.found if place is not None else None)
+        if self._given.pop(index, None) == state.base:
+            state.broken = ""  # it goes on where we stopped it
+            virtqueue.keep(place)
+        else:
+            self._reconcile(index, virtqueue, place, place.found if place is not None else None)
         self.device.ring_started(index, virtqueue, _eventfd(state.kick))
         if virtqueue.again:
             log.info(
@@ -432,6 +437,8 @@ class DataPlane:
         place = ring.virtqueue.place
         if place is not None and self.session.rings[index].stop_reason is not StopReason.UNMAPPED:
             place.forget()  # the front-end knows
+        if not ring.virtqueue.broken:
+            self._given[index] = ring.virtqueue.base
         return ring.virtqueue.base
 
     def _stop_held(self, index: int) -> None:
