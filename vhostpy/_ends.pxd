@@ -12,6 +12,7 @@ cdef enum:
 
     # Why a ring is broken.
     BROKEN_INDEXES = 1
+    BROKEN_BUFFERS = 2      # what nobody can use of it has cost too much
     BROKEN_CHAIN = 16       # and the ChainFault, if any, of a chain that could not be answered
 
 # A position in a split ring is an index that runs freely; in a packed ring, and in all that

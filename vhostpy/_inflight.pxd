@@ -1,5 +1,5 @@
 """Which chains a back-end has, in memory that outlives it: for whoever comes after a kill."""
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from vhostpy._ends cimport Ring
 from vhostpy._tracker cimport Tracker
 from vhostpy.memory cimport Mapping
@@ -14,3 +14,6 @@ cdef class InflightQueue:
     cdef start(self, Ring *ring)
     # The ring's chains are remembered here from now on. Finishes what a killed back-end had
     # begun; its chains come again, by `again`, and the ring goes on behind them.
+
+cdef void touch(const uint8_t *start, uint64_t size) noexcept nogil
+# Has the pages there, now: before they are read with the GIL, which a page fault would hold.

@@ -113,7 +113,6 @@ class InflightArea:
 
 
 cdef void touch(const uint8_t *start, uint64_t size) noexcept nogil:
-    """Has the pages there, now."""
     cdef uint64_t at
     for at in range(0, size, 4096):
         read_once_u8(start + at)

@@ -15,6 +15,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._chain cimport DESCRIPTOR_SIZE
 from vhostpy._ends cimport Ring
 from vhostpy._hw cimport read_once_u16, read_once_u64, store_release_u64
+from vhostpy._inflight cimport touch
 from vhostpy._packed cimport INDEX, WRAP, step, step_one
 from vhostpy._ring cimport Virtqueue
 from vhostpy._spec cimport DescriptorFlag
@@ -51,6 +52,12 @@ def reconcile(Virtqueue ring not None, lossy: bool, kept: tuple[int, int] | None
 
     `kept`: what is known of a packed ring's last publish, from where to where it went.
     """
+    cdef const uint8_t *read = ring.ring.control.avail
+    cdef uint64_t size = 4
+    if ring.ring.control.packed:
+        read, size = ring.ring.control.desc, DESCRIPTOR_SIZE * ring.ring.control.size
+    with nogil:
+        touch(read, size)
     if ring.ring.control.packed:
         return reconcile_packed(ring, lossy, kept)
     if not split_contradicts(ring.ring):

@@ -13,7 +13,8 @@ from libc.string cimport memset
 
 from vhostpy._chain cimport scratch_free, scratch_make
 from vhostpy._ends cimport (
-    BROKEN_CHAIN, WorkerSide, break_ring, break_ring_for, call_driver, log_collect, log_flush,
+    BROKEN_BUFFERS, BROKEN_CHAIN, WorkerSide, break_ring, break_ring_for, call_driver,
+    log_collect, log_flush,
 )
 from vhostpy._hw cimport (
     aligned_alloc, load_acquire_u32, read_once_u64, store_release_u32, unlikely,
@@ -169,7 +170,7 @@ cdef class Virtqueue:
         return count
 
     cdef void condemn(self) noexcept nogil:
-        break_ring(self.ring)
+        break_ring_for(self.ring, BROKEN_BUFFERS)
 
     cdef bint has_again(self) noexcept nogil:
         return (self.tracker != NULL and self.tracker.again_left > 0
@@ -334,6 +335,11 @@ cdef class Virtqueue:
         return ChainFault(why - BROKEN_CHAIN) if why >= BROKEN_CHAIN else None
 
     @property
+    def condemned(self) -> bool:
+        """It is broken for what its unusable buffers have cost others."""
+        return self.ring.worker.broken == BROKEN_BUFFERS
+
+    @property
     def deaf(self) -> bool:
         """The call fd blocks whoever writes to it: the driver is called no more."""
         return self.ring.worker.deaf != 0
@@ -341,8 +347,10 @@ cdef class Virtqueue:
     @property
     def unwritten(self) -> bool:
         """Of a packed ring: no driver has made its first descriptor available yet."""
-        return (self.ring.control.packed
-                and not (read_once_u64(self.ring.control.desc + 8) >> 48) & OWNER)
+        cdef uint64_t rest
+        with nogil:         # a page fault may last
+            rest = read_once_u64(self.ring.control.desc + 8)
+        return self.ring.control.packed and not rest >> 48 & OWNER
 
     @property
     def used_index(self) -> int:

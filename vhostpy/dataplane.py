@@ -487,6 +487,8 @@ class DataPlane:
 
 def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
     """Why nothing is taken from a ring any more, and what helps."""
+    if virtqueue.condemned:
+        return "it offers buffers without end that nobody can use; it gets no more frames", RESET
     fault = virtqueue.unanswerable
     if fault is None:
         return "the driver's indexes make no sense; the ring is ignored until it is reset", RESET

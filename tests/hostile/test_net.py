@@ -317,7 +317,7 @@ def test_receive_chains_that_cost_much_cost_a_broadcast_one_of_them_and_then_the
     costs = [cost() for _ in range(50)]
     assert max(costs) == 1
     assert sum(costs) == 16
-    assert hostile.queues[0].broken
+    assert hostile.queues[0].condemned
     assert hostile.drops() == {"buffer_fault": 16, "receiver_down": 34}
     n.exchange()
 
