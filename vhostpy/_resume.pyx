@@ -179,8 +179,10 @@ cdef int choose(const Ring *ring, uint16_t base, kept):
 cdef int published(const Ring *ring, kept):
     """Whether the driver has seen the last publish is for the ring to say."""
     cdef uint16_t old, new
+    cdef uint32_t farthest
     old, new = kept
-    if max(old & INDEX, new & INDEX) >= ring.control.size:
+    farthest = max(old & INDEX, new & INDEX)
+    if farthest >= ring.control.size:
         return NOWHERE
     return old if old != new and state_at(ring, old) == OFFERED else new
 
@@ -277,7 +279,7 @@ cdef int finish(Ring *ring, uint16_t start):
     of what was overwritten, only that is still known. Where the ring goes on; NOWHERE where
     that makes no sense."""
     cdef uint32_t size = ring.control.size, slots = 0, chains = 0
-    cdef uint16_t position = start, end, id, last = 0
+    cdef uint16_t position = start, end = start, id, last = 0
     while slots < size and state_at(ring, position) == OFFERED:
         if not flags_at(ring, position) & DescriptorFlag.DESC_NEXT:
             last = id_at(ring, position)
