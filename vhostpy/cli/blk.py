@@ -16,6 +16,7 @@ from vhostpy.cli.options import (
     device_names,
     disk_size,
     format_size,
+    size_bytes,
 )
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def main(arguments: list[str], program: str) -> int:
     options = parser.parse_args(arguments)
     check_process_flags(parser, options)
     if options.null is not None and options.read_only:
-        parser.error("--null has no contents to protect\nleave --read-only")
+        parser.error("--null has no contents to protect\nleave --read-only out")
     for flag in ("direct", "share_rw", "raw"):
         if getattr(options, flag) and options.file is None:
             name = "--" + flag.replace("_", "-")
-            parser.error(f"{name} is for --file\nleave it")
+            parser.error(f"{name} is for --file\nleave it out")
     size = options.ram or options.null or 0
     if size % options.block_size:
         whole = -(-size // options.block_size) * options.block_size
@@ -214,7 +215,7 @@ def _serial(text: str) -> str:
 
 
 def _block_size(text: str) -> int:
-    size = disk_size(text)
+    size = size_bytes(text)
     if size not in BLOCK_SIZES:
         possible = ", ".join(map(format_size, BLOCK_SIZES))
         raise bad(f"block size {text} is not possible", f"one of {possible}")

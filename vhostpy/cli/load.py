@@ -178,7 +178,8 @@ def _check_flags(parser: Parser, options: argparse.Namespace, kind: str) -> None
         if getattr(options, name):
             what = "a net device" if kind == "net" else "a disk"
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is for {other}, and {options.sockets[0]} is {what}\nleave {flag}")
+            parser.error(f"{flag} is for {other}, and {options.sockets[0]} is {what}\n"
+                         f"leave {flag} out")  # fmt: skip
     if kind == "blk" and len(options.sockets) > 1:
         parser.error("a disk has one socket\nstart a load for each")
     if len(set(options.sockets)) < len(options.sockets):

@@ -341,7 +341,7 @@ def check_process_flags(parser: Parser, options: argparse.Namespace) -> None:
     if options.fds and options.client:
         parser.error("--client needs --socket\nan inherited --fd is connected already, or listens")
     if (options.client or options.fds) and (options.mode is not None or options.group is not None):
-        parser.error("--mode and --group are for a socket file that we make\nleave them")
+        parser.error("--mode and --group are for a socket file that we make\nleave them out")
     for path in _repeated([os.path.realpath(path) for path in options.sockets]):
         parser.error(f"--socket {path} is given twice\neach port needs a socket of its own")
     for fd in _repeated(options.fds):
