@@ -15,6 +15,7 @@ what runs; then one process, socket by socket
   vhostpy status vu0 --json
 """
 
+
 def main(arguments: list[str], program: str) -> int:
     """Lists all processes, or shows one; returns the exit status."""
     parser = Parser(program, "Shows what runs and what it waits for.", EXAMPLE)
