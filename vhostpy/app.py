@@ -35,6 +35,7 @@ log = logging.getLogger("vhostpy")
 TICK_S = 1.0  # ageing of the forwarding table, load figures
 ANSWER_S = 0.5  # that a question to a storage may hold up everybody's messages
 FDS_PER_QUEUE = 3  # kick, call, error
+AGAIN_S = 0.5  # a signal that comes sooner after one is that one's copy, as timeout(1) sends it
 CLOSE_S = 8.0  # longer than a ring may take to drain; then we end all the same
 
 
@@ -63,6 +64,7 @@ class App:
         self._keeper: Keeper | None = None
         self._loads: list[dict[str, Any]] = []
         self._started_s = time.monotonic()
+        self._signalled_s: float | None = None
         self._stop = asyncio.Event()
 
     async def run(self, listening: Callable[[], None] = lambda: None) -> None:
@@ -320,10 +322,13 @@ class App:
                     handler.tell_left_out()
 
     def _signalled(self) -> None:
-        if self._stop.is_set():
+        now_s = time.monotonic()
+        if self._signalled_s is None:
+            self._signalled_s = now_s
+            self.stop()
+        elif now_s - self._signalled_s > AGAIN_S:
             # The second one: whoever sent it does not want to wait for anything.
             os._exit(1)
-        self.stop()
 
     async def _close(self) -> None:
         """Sessions first, as they need the workers to stand still; all of them at once."""

@@ -224,6 +224,15 @@ def test_a_signal_ends_it_cleanly_with_a_front_end_connected(place, number):
     assert os.listdir("vhostpy") == []
 
 
+def test_two_signals_at_once_end_it_as_cleanly_as_one(place):
+    # timeout(1) sends its signal to the process, and then to the group in which that is.
+    with Running("net", "--socket", "vu0") as running:
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            running.process.send_signal(number)
+        running.process.wait(DEADLINE_S)
+    assert os.listdir(place) == ["vhostpy"] and os.listdir("vhostpy") == []
+
+
 def test_the_fd_limit_is_raised(place):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
