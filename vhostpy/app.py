@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhostpy import control
+from vhostpy.cli import AGAIN_S
 from vhostpy.errors import ConfigError
 from vhostpy.lines import Talk
 
@@ -35,7 +36,6 @@ log = logging.getLogger("vhostpy")
 TICK_S = 1.0  # ageing of the forwarding table, load figures
 ANSWER_S = 0.5  # that a question to a storage may hold up everybody's messages
 FDS_PER_QUEUE = 3  # kick, call, error
-AGAIN_S = 0.5  # a signal that comes sooner after one is that one's copy, as timeout(1) sends it
 CLOSE_S = 8.0  # longer than a ring may take to drain; then we end all the same
 
 

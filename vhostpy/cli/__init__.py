@@ -38,6 +38,9 @@ example: a switch with two ports, and what it is doing
 """
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
+# A signal that comes sooner after one is that one's copy: timeout(1) sends it to the process,
+# and then to its group.
+AGAIN_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,9 +3,10 @@
 import argparse
 import re
 import signal
+import time
 from typing import Any
 
-from vhostpy.cli import Signalled
+from vhostpy.cli import AGAIN_S, Signalled
 from vhostpy.cli.options import (
     Once,
     Parser,
@@ -91,8 +92,13 @@ def main(arguments: list[str], program: str) -> int:
 def _heed_signals() -> list[int]:
     """Has those that end us do so as Ctrl-C does: with the figures so far. Which have come."""
     seen: list[int] = []
+    last_s = -AGAIN_S
 
     def end(number: int, _: Any) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s < AGAIN_S:
+            return
+        last_s = time.monotonic()
         seen.append(number)
         raise Signalled(number)
 
