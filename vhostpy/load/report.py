@@ -91,7 +91,7 @@ def _net_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("rate", f"{result['received_mpps']:.3f} Mpps, {result['received_gbit_s']:.3f} Gbit/s"),
         ("lost", f"{result['lost_packets']:,} of {result['sent_packets']:,} "
                  f"({100 * result['lost_share']:.3f} %)"),
-        ("frames", f"{', '.join(map(str, sizes))} B, {result['mac_pairs']} MAC pairs, "
+        ("frames", f"{', '.join(map(str, sizes))} B, {_many(result['mac_pairs'], 'MAC pair')}, "
                    f"{result['layout']} queues of {result['queue_size']}"),
         ("memory", f"{result['touch']} touched, ids {result['ids']}, rx headers "
                    f"{result['rx_headers']}, {'2 MiB' if result['hugepages'] else '4 KiB'} pages"),
@@ -104,6 +104,10 @@ def _net_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     if result["verified"] and not wrong(result):
         rows.append(("verified", "every byte that arrived, in order"))
     return rows + _latency_lines(result)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _latency_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -129,10 +133,11 @@ def blk_line(figures: dict[str, Any], elapsed_s: float) -> str:
 
 
 def _blk_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    queues = _many(result["queues"], f"{result['layout']} queue")
     rows = [
         ("rate", f"{result['kiops']:.1f} kIOPS, {result['mb_s']:.0f} MB/s"),
         ("requests", f"{result['pattern']}, {result['block_bytes']} B, depth {result['depth']} on "
-                     f"{result['queues']} {result['layout']} queues of {result['queue_size']}"),
+                     f"{queues} of {result['queue_size']}"),
         ("memory", f"{'2 MiB' if result['hugepages'] else '4 KiB'} pages"),
         ("generator", f"{100 * result['generator_busy_share']:.0f} % busy, "
                       f"{result['generator_cycles_per_request'] or 0:.0f} cycles a request"),

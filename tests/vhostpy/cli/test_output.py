@@ -152,4 +152,5 @@ def test_a_load_that_is_interrupted_shows_the_figures_so_far(place, kind, number
     assert process.returncode == 128 + numbers[0]
     assert "s measured, then interrupted" in " ".join(shown.split())
     assert " Mpps" in shown or " kIOPS" in shown
+    assert " 1 MAC pair, " in shown or " on 1 split queue of " in shown
     assert "verified" not in shown  # nothing was read back
