@@ -2,13 +2,14 @@
 
 `python -m tests.hanging DIRECTORY` serves a FUSE file there, `DIRECTORY/file`, that can be
 opened; fstat, close and page faults of it are never answered. `python -m tests.hanging DIRECTORY
-FD` writes to FD what is in that file.
+FD` writes to FD what is in that file; with `watch`, an epoll of FD hands events out into it.
 """
 
 import contextlib
 import ctypes
 import mmap
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -46,15 +47,16 @@ def fuse_file(directory: Path) -> Iterator[int | None]:
 
 
 @contextlib.contextmanager
-def held(directory: Path, fd: int) -> Iterator[bool]:
+def held(directory: Path, fd: int, what: str = "write") -> Iterator[bool]:
     """Somebody writes to `fd` and has its lock, if it has one, until the end of the block;
-    False where this process may not mount."""
+    False where this process may not mount. `watch`: has the lock of an epoll that watches it,
+    which its last close waits for, and does not hold `fd` itself."""
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(_server(directory))
         if said is None:
             yield False
             return
-        command = [sys.executable, "-m", "tests.hanging", str(directory), str(fd)]
+        command = [sys.executable, "-m", "tests.hanging", str(directory), str(fd), what]
         writer = subprocess.Popen(command, pass_fds=[fd])
         assert said.readline() == b"page fault\n"
         try:
@@ -121,18 +123,24 @@ def attributes(inode: int, mode: int) -> bytes:
     return struct.pack("<QQQQQQIIIIIIIIII", inode, 1 << 20, *[0] * 7, mode, 1, *[0] * 3, 4096, 0)
 
 
-def write(directory: str, fd: int) -> None:
+def write(directory: str, fd: int, what: str) -> None:
     """Not by mmap of Python: that asks for the file's size."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
     file = os.open(f"{directory}/file", os.O_RDWR)
     size, offset = ctypes.c_size_t(4096), ctypes.c_long(0)
-    where = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, offset)
-    libc.write(fd, ctypes.c_void_p(where), ctypes.c_size_t(8))
+    where = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file, offset)
+    if what == "write":
+        libc.write(fd, ctypes.c_void_p(where), ctypes.c_size_t(8))
+        return
+    epoll = select.epoll()
+    epoll.register(fd, select.EPOLLIN)
+    os.close(fd)
+    libc.epoll_wait(epoll.fileno(), ctypes.c_void_p(where), 1, -1)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(sys.argv[1])
     else:
-        write(sys.argv[1], int(sys.argv[2]))
+        write(sys.argv[1], int(sys.argv[2]), sys.argv[3])

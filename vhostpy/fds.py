@@ -50,8 +50,10 @@ def _close(fd: int, account: Account) -> None:
     """Closes any fd, and waits for nobody.
 
     A stranger's close() may block for as long as it likes: a socket with SO_LINGER waits for
-    its peer, a file on FUSE or NFS for a server. All but eventfds and memory go to a thread,
-    which is its socket's own.
+    its peer, a file on FUSE or NFS for a server; and whatever can be watched, an eventfd too,
+    for the mutex of each epoll(7) that watches it, which is held while that hands out events to
+    memory whose page fault lasts. All but memory go to a thread, which is its socket's own.
+    (An eventfd that belongs to no socket is one that we made.)
     """
     if sys.is_finalizing():
         return  # no thread would run any more; the kernel closes it in a moment
@@ -61,7 +63,7 @@ def _close(fd: int, account: Account) -> None:
             freeing.do(work)
         else:
             work()
-    elif is_eventfd(fd):
+    elif account is COMMON and is_eventfd(fd):
         work()
     else:
         account.closing.do(work)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hanging import fuse_file, lingering_socket
+from tests.hanging import fuse_file, held, lingering_socket
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import eventfds, open_fds
@@ -73,13 +73,29 @@ def test_a_close_that_hangs_holds_up_neither_its_caller_nor_other_sockets():
     eventually(lambda: closing_threads() == before)
 
 
-def test_eventfds_and_shared_memory_are_closed_while_everything_else_hangs(hangs):
+def test_shared_memory_and_our_eventfds_are_closed_while_everything_else_hangs(hangs):
     account = Account()
     hangs(account).close()
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
-        for fd in (os.eventfd(0), os.memfd_create("guest"), os.dup(file.fileno())):
+        for fd in (os.memfd_create("guest"), os.dup(file.fileno())):
             OwnedFd(fd, account).close()
             assert not is_open(fd)
+    fd = os.eventfd(0)
+    OwnedFd(fd).close()
+    assert not is_open(fd)
+
+
+def test_an_eventfd_whose_watcher_hangs_holds_up_nobody(tmp_path):
+    account, number = Account(), os.eventfd(1)
+    with held(tmp_path, number, "watch") as holds:
+        if not holds:
+            pytest.skip("needs the right to mount")
+        closes = threading.Thread(target=OwnedFd(number, account).close)
+        closes.start()
+        closes.join(5)
+        assert not closes.is_alive()
+        assert account.closing.left == 1
+    eventually(lambda: account.fds == 0)
 
 
 def test_memory_of_a_guest_that_has_gone_is_freed_by_a_thread():
