@@ -3,7 +3,8 @@
 A front-end that has outlived a back-end tells the next one a base, and some tell one that
 never was, or was long ago. Where requests must be done, and once, such a ring is broken by
 name. A network device's goes on where its driver waits: a frame may be lost or come twice.
-The ring is held, and its driver as hostile as ever: what it writes costs it its own ring.
+The ring is held, and its driver as hostile as ever: what it writes costs it its own ring, and
+where its pages fault, nobody else waits: all that reads them does without the interpreter's lock.
 
 A packed ring does not tell where its next used descriptor belongs; it only agrees with a
 position or does not. Seen from there, for one round, come descriptors that the driver has
@@ -15,7 +16,6 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy._chain cimport DESCRIPTOR_SIZE
 from vhostpy._ends cimport Ring
 from vhostpy._hw cimport read_once_u16, read_once_u64, store_release_u64
-from vhostpy._inflight cimport touch
 from vhostpy._packed cimport INDEX, WRAP, step, step_one
 from vhostpy._ring cimport Virtqueue
 from vhostpy._spec cimport DescriptorFlag
@@ -52,15 +52,12 @@ def reconcile(Virtqueue ring not None, lossy: bool, kept: tuple[int, int] | None
 
     `kept`: what is known of a packed ring's last publish, from where to where it went.
     """
-    cdef const uint8_t *read = ring.ring.control.avail
-    cdef uint64_t size = 4
-    if ring.ring.control.packed:
-        read, size = ring.ring.control.desc, DESCRIPTOR_SIZE * ring.ring.control.size
-    with nogil:
-        touch(read, size)
+    cdef bint contradicts
     if ring.ring.control.packed:
         return reconcile_packed(ring, lossy, kept)
-    if not split_contradicts(ring.ring):
+    with nogil:
+        contradicts = split_contradicts(ring.ring)
+    if not contradicts:
         return Verdict()
     base, used = ring.base, ring.used_index
     what = f"base {base} contradicts the ring, whose used index is {used}"
@@ -78,16 +75,22 @@ cdef broken(Virtqueue ring, text, hint):
 
 cdef reconcile_packed(Virtqueue queue, bint lossy, kept):
     cdef Ring *ring = queue.ring
-    cdef uint16_t base = ring.worker.used_idx
+    cdef uint16_t base = ring.worker.used_idx, old = 0, new = 0
     cdef int position, end
+    cdef bint known = kept is not None, agreed
     what = f"base {queue.base:#x} contradicts the packed ring"
     if not lossy:
-        if is_blank(ring) or not was_used(ring, base):
+        with nogil:
+            agreed = is_blank(ring) or not was_used(ring, base)
+        if agreed:
             return Verdict()
         return broken(queue, f"{what}: nobody knows what was done",
                       "reset the device, or give it a front-end that has INFLIGHT_SHMFD")
-    position = choose(ring, base, kept)
-    end = NOWHERE if position == NOWHERE else finish(ring, <uint16_t>position)
+    if known:
+        old, new = kept
+    with nogil:
+        position = choose(ring, base, known, old, new)
+        end = NOWHERE if position == NOWHERE else finish(ring, <uint16_t>position)
     if end == NOWHERE:
         return broken(queue, f"{what}, and nobody knows where it stands", RESET)
     if end == base:
@@ -96,43 +99,43 @@ cdef reconcile_packed(Virtqueue queue, bint lossy, kept):
     return Verdict(f"{what}: goes on at {end & INDEX} (wrap counter {end >> 15})")
 
 
-cdef inline uint16_t flags_at(const Ring *ring, uint16_t position) noexcept:
+cdef inline uint16_t flags_at(const Ring *ring, uint16_t position) noexcept nogil:
     return read_once_u16(ring.control.desc + DESCRIPTOR_SIZE * <uint32_t>(position & INDEX) + FLAGS)
 
 
-cdef inline uint16_t id_at(const Ring *ring, uint16_t position) noexcept:
+cdef inline uint16_t id_at(const Ring *ring, uint16_t position) noexcept nogil:
     return read_once_u16(ring.control.desc + DESCRIPTOR_SIZE * <uint32_t>(position & INDEX) + ID)
 
 
-cdef inline uint16_t previous(uint16_t position, uint32_t size) noexcept:
+cdef inline uint16_t previous(uint16_t position, uint32_t size) noexcept nogil:
     return step(position ^ WRAP, size - 1, size)
 
 
-cdef inline int state_of(uint16_t flags, uint16_t position) noexcept:
+cdef inline int state_of(uint16_t flags, uint16_t position) noexcept nogil:
     cdef bint wrap = position & WRAP != 0, used = flags & DescriptorFlag.DESC_USED != 0
     if (flags & DescriptorFlag.DESC_AVAIL != 0) == wrap:
         return PUSHED if used == wrap else OFFERED
     return SKIPPED if used == wrap else USED_BEFORE
 
 
-cdef inline int state_at(const Ring *ring, uint16_t position) noexcept:
+cdef inline int state_at(const Ring *ring, uint16_t position) noexcept nogil:
     return state_of(flags_at(ring, position), position)
 
 
-cdef inline bint was_written(const Ring *ring, uint32_t index) noexcept:
+cdef inline bint was_written(const Ring *ring, uint32_t index) noexcept nogil:
     """Zeros look used every other round; what was used has an address."""
     cdef const uint8_t *where = ring.control.desc + DESCRIPTOR_SIZE * index
     return (read_once_u64(where) | read_once_u64(where + 8)) != 0
 
 
-cdef bint was_used(const Ring *ring, uint16_t position):
+cdef bint was_used(const Ring *ring, uint16_t position) noexcept nogil:
     """The driver has seen a used descriptor there, or none yet right before it."""
     cdef uint32_t size = ring.control.size
     return (state_at(ring, position) == PUSHED and was_written(ring, position & INDEX)
             or state_at(ring, previous(position, size)) == USED_BEFORE)
 
 
-cdef bint is_blank(const Ring *ring):
+cdef bint is_blank(const Ring *ring) noexcept nogil:
     """Nothing was ever offered, and nothing speaks against any base."""
     cdef uint32_t i
     for i in range(ring.control.size):
@@ -141,7 +144,7 @@ cdef bint is_blank(const Ring *ring):
     return True
 
 
-cdef bint is_new(const Ring *ring):
+cdef bint is_new(const Ring *ring) noexcept nogil:
     """No device has used anything: its driver has just made it, of zeros.
 
     Every other round flags look the same, but not all of what was used then. (A ring whose
@@ -159,14 +162,15 @@ cdef bint is_new(const Ring *ring):
     return True
 
 
-cdef int choose(const Ring *ring, uint16_t base, kept):
+cdef int choose(const Ring *ring, uint16_t base, bint known, uint16_t old,
+                uint16_t new) noexcept nogil:
     """The position of the next used descriptor, or NOWHERE."""
     cdef uint32_t size = ring.control.size
     cdef int position = NOWHERE
     if is_blank(ring) or (base == FIRST and is_new(ring)):
         return base
-    if kept is not None:
-        position = published(ring, kept)
+    if known:
+        position = published(ring, old, new)
         if position != NOWHERE and agrees(ring, <uint16_t>position, size):
             return position
     position = the_only_one(ring)
@@ -176,18 +180,15 @@ cdef int choose(const Ring *ring, uint16_t base, kept):
     return position
 
 
-cdef int published(const Ring *ring, kept):
+cdef int published(const Ring *ring, uint16_t old, uint16_t new) noexcept nogil:
     """Whether the driver has seen the last publish is for the ring to say."""
-    cdef uint16_t old, new
-    cdef uint32_t farthest
-    old, new = kept
-    farthest = max(old & INDEX, new & INDEX)
+    cdef uint32_t farthest = max(old & INDEX, new & INDEX)
     if farthest >= ring.control.size:
         return NOWHERE
     return old if old != new and state_at(ring, old) == OFFERED else new
 
 
-cdef bint agrees(const Ring *ring, uint16_t position, uint32_t skipped_most):
+cdef bint agrees(const Ring *ring, uint16_t position, uint32_t skipped_most) noexcept nogil:
     """Could the ring look like that, if its next used descriptor belongs there?
 
     Its driver may be just writing a burst: all of it but the flags of its first head. With
@@ -230,7 +231,7 @@ cdef bint agrees(const Ring *ring, uint16_t position, uint32_t skipped_most):
     return True
 
 
-cdef int the_only_one(const Ring *ring):
+cdef int the_only_one(const Ring *ring) noexcept nogil:
     """Where each descriptor is a chain of its own, and each was used by itself: the one
     position that explains them all. NOWHERE where there is another, or none.
 
@@ -274,7 +275,7 @@ cdef int the_only_one(const Ring *ring):
     return <int>turn
 
 
-cdef int finish(Ring *ring, uint16_t start):
+cdef int finish(Ring *ring, uint16_t start) noexcept nogil:
     """Publishes what a kill has left behind the first of a burst, as used with nothing in it:
     of what was overwritten, only that is still known. Where the ring goes on; NOWHERE where
     that makes no sense."""
@@ -311,7 +312,7 @@ cdef int finish(Ring *ring, uint16_t start):
     return end
 
 
-cdef void put_used(Ring *ring, uint16_t position, uint16_t id) noexcept:
+cdef void put_used(Ring *ring, uint16_t position, uint16_t id) noexcept nogil:
     cdef uint64_t flags = OWNER if position & WRAP else 0
     store_release_u64(ring.control.desc + DESCRIPTOR_SIZE * <uint32_t>(position & INDEX) + 8,
                       <uint64_t>id << 32 | flags << 48)

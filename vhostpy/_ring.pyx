@@ -348,9 +348,11 @@ cdef class Virtqueue:
     def unwritten(self) -> bool:
         """Of a packed ring: no driver has made its first descriptor available yet."""
         cdef uint64_t rest
+        if not self.ring.control.packed:
+            return False
         with nogil:         # a page fault may last
             rest = read_once_u64(self.ring.control.desc + 8)
-        return self.ring.control.packed and not rest >> 48 & OWNER
+        return not rest >> 48 & OWNER
 
     @property
     def used_index(self) -> int:

@@ -39,6 +39,7 @@ DEADLINE_S = 10
 RINGS = 4
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.BLK_FLUSH | 1 << Feature.BLK_CONFIG_WCE
 LOG_ALL = 1 << Feature.LOG_ALL
+PACKED = 1 << Feature.RING_PACKED
 
 
 @pytest.fixture
@@ -308,24 +309,34 @@ def test_the_log_is_forgotten_when_the_migration_ends(disk, path):
 # Memory in which a page fault lasts ---------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("packed", "base", "which"),
+    [
+        (False, 0, "used"),
+        (False, 0, "avail"),
+        (True, 0, "desc"),
+        (True, first_base(PACKED), "desc"),
+    ],
+)
 def test_a_page_fault_of_a_ring_that_starts_holds_up_no_other_session(
-    disk, workers, path, tmp_path
+    packed, base, which, disk, workers, path, tmp_path
 ):
     size, layout = 256, ((0x100000, 64 << 20),)
-    part, slow = 0x100000 + (16 << 20), 0x100000 + (32 << 20)
+    slow = 0x100000 + (32 << 20)
+    parts = {name: 0x100000 + ((16 + i) << 20) for i, name in enumerate(("desc", "avail", "used"))}
+    parts[which] = slow
     net = NetDevice("net", Switch(workers))
     servers = Server(net, path=path), Server(disk, path=str(tmp_path / "disk"))
     with serving(*servers), FrontEnd(path, layout=layout) as guest:
-        guest.negotiate(FEATURES)
+        guest.negotiate(FEATURES | (PACKED if packed else 0))
         guest.set_mem_table()
         queue = Queue(
-            1, size, guest.features, part, part + (1 << 20), slow, None,
-            eventfd(), eventfd(), eventfd(),
-        )  # fmt: skip
+            1, size, guest.features, *parts.values(), None, eventfd(), eventfd(), eventfd()
+        )
         guest.queues[1] = queue
         memory = eventually(lambda: servers[0].connection.plane.memory)
         with PageFaults(memory, slow, 1 << 20) as faults:
-            guest.announce(queue, base=0)
+            guest.announce(queue, base=base)
             page = faults.begun()
             with connect(str(tmp_path / "disk")) as other:
                 offer_read(other, other.start_queue(0, 64))
