@@ -13,6 +13,7 @@ from typing import Any
 from vhostpy._pollable import Conduct
 from vhostpy._ring import Virtqueue
 from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.aside import aside
 from vhostpy.backends._clear import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS
 from vhostpy.backends.blk import SEG_MAX, DiskQueue
 from vhostpy.backends.latency import add_bins, summary
@@ -243,7 +244,7 @@ class Disk:
         queue.drain()
         if self._limits.any:
             self.workers.nudge()  # it may sleep for them
-        self.workers.wait()  # a turn under way may still take something
+        await aside(self.workers.wait)  # a turn under way may still take something
         live = queue.virtqueue.live
         if not live:
             # The session ends in the middle of a change: nobody can be answered.
@@ -255,7 +256,7 @@ class Disk:
             # What a killed back-end had under way is taken all the same: the front-end
             # could not tell another one of it.
             again = queue.virtqueue.again if live else 0
-            self.workers.wait()
+            await aside(self.workers.wait)
             if not again and not queue.inflight:
                 return True
             left = deadline - time.monotonic()

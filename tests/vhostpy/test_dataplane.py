@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 from collections import Counter
 
 import pytest
@@ -343,6 +344,34 @@ def test_a_page_fault_of_a_ring_that_starts_holds_up_no_other_session(
                 other.queues[0].wait_used()
             faults.end(page)
             eventually(lambda: net.status()["rings_started"])
+
+
+def test_a_worker_in_a_page_fault_holds_up_who_stops_a_disks_ring_and_no_other_session(
+    disk, workers, path, tmp_path
+):
+    slow = 0x100000 + (32 << 20)
+    net = NetDevice("net", Switch(workers))
+    servers = Server(net, path=path), Server(disk, path=str(tmp_path / "disk"))
+    with (
+        serving(*servers),
+        FrontEnd(path, layout=((0x100000, 64 << 20),)) as guest,
+        connect(str(tmp_path / "disk")) as other,
+    ):
+        guest.negotiate(FEATURES)
+        guest.set_mem_table()
+        queue = guest.start_queue(1, 64)
+        other.start_queue(0, 64)
+        memory = eventually(lambda: servers[0].connection.plane.memory)
+        with PageFaults(memory, slow, 1 << 20) as faults:
+            queue.ring.add([(slow, 100)], [])
+            queue.ring.kick()
+            page = faults.begun()
+            stops = threading.Thread(target=other.stop_queue, args=[0])
+            stops.start()
+            eventually(lambda: servers[1].connection.session.rings[0].stop_reason)
+            assert guest.get_features()
+            faults.end(page)
+            stops.join()
 
 
 # The end of a session ----------------------------------------------------------------------
