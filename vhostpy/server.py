@@ -23,7 +23,7 @@ from vhostpy.account import Account
 from vhostpy.dataplane import DataPlane
 from vhostpy.device import Device
 from vhostpy.effects import Effect, MakeInflight, Reply, StartRing, StopRing
-from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
+from vhostpy.errors import ConfigError, ProtocolError, Refused, VhostpyError
 from vhostpy.mapping import poison_fd
 from vhostpy.notify import attention_fd
 from vhostpy.peername import peer_name
@@ -44,10 +44,10 @@ SETTLED_S = 1.0
 # as many as it likes.
 REPEATS = 1
 CAUSES_MAX = 16
-HANGING = (
-    "refused a front-end: files that one before it sent cannot be closed yet\n"
-    "  next: see what hangs, a lingering socket or a file whose server does not answer; a sound "
-    "front-end sends eventfds and memory"
+HANGING = Refused(
+    "refused a front-end: files that one before it sent cannot be closed yet",
+    "see what hangs, a lingering socket or a file whose server does not answer; a sound "
+    "front-end sends eventfds and memory",
 )
 # How long to wait when the process has no file descriptors left.
 SHORTAGE_S = 0.1
@@ -173,7 +173,7 @@ class Server:
                     fds.close_socket(sock, self.account)
                     continue
                 if not await self._all_closed(HANDOVER_S):
-                    self.failures.add("%s", HANGING)
+                    self.failures.add("%s: %s", HANGING)
                     fds.close_socket(sock, self.account)
                     continue
                 serving = loop.create_task(self._serve(sock))
@@ -189,7 +189,7 @@ class Server:
         while True:
             sock: socket.socket | None = None
             if not await self._all_closed(HANDOVER_S):
-                self.failures.add("%s", HANGING)
+                self.failures.add("%s: %s", HANGING)
                 await self._all_closed(None)
             try:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
