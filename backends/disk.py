@@ -6,6 +6,7 @@ Each virtqueue has a DiskQueue, a channel into the storage, and a place on a wor
 import asyncio
 import logging
 import struct
+import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,6 +99,7 @@ class Disk:
         self._conduct = Conduct(name)
         self._limits = Limits()
         self._hung: list[DiskQueue] = []
+        self._burying = threading.Lock()  # only ever held for a moment
         self._error_told = False
         self._fault_told = False
 
@@ -274,7 +276,8 @@ class Disk:
         if ring.queue.inflight:
             # They end when the storage answers; until then it is polled, for that alone.
             ring.queue.abandon()
-            self._hung.append(ring.queue)
+            with self._burying:
+                self._hung.append(ring.queue)
             home = ring.queue.worker
             self.workers.remove(ring.queue)
             self.workers.add(ring.queue, self._fds(ring.queue, -1), worker=home)
@@ -407,10 +410,11 @@ class Disk:
             )
 
     def _bury(self) -> None:
-        """Lets go of stopped queues whose last request has come back."""
-        ended = [queue for queue in self._hung if not queue.inflight]
+        """Lets go of stopped queues whose last request has come back. Any thread."""
+        with self._burying:
+            ended = [queue for queue in self._hung if not queue.inflight]
+            self._hung = [queue for queue in self._hung if queue not in ended]
         for queue in ended:
-            self._hung.remove(queue)
             self.workers.remove(queue)
             queue.close()
         if ended and not self._hung:

@@ -409,19 +409,29 @@ def _watch_workers(device: Device) -> None:
 def _look_after_all(fd: int, workers: Workers) -> None:
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
-    if workers.wants_isolation():
+    if workers.wants_isolation() and workers not in _isolating:
+        _isolating.add(workers)
         threading.Thread(target=_isolate, args=[workers], daemon=True).start()
     for connection in list(Connection.open):
         connection.look_after()
 
 
+# Those that a thread isolates for just now: it waits for a worker, which may be stuck.
+_isolating: "weakref.WeakSet[Workers]" = weakref.WeakSet()
+
+
 def _isolate(workers: Workers) -> None:
-    for name in workers.isolate():
-        log.warning(
-            "%s: it blocked a worker again and again, by slow memory or a call fd that blocks: "
-            "a queue is polled apart",
-            name,
-        )
+    try:
+        for name in workers.isolate():
+            log.warning(
+                "%s: it blocked a worker again and again, by slow memory or a call fd that blocks: "
+                "a queue is polled apart",
+                name,
+            )
+    finally:
+        _isolating.discard(workers)
+    if workers.wants_isolation():  # what came meanwhile was left to this thread
+        os.eventfd_write(workers.attention_fd, 1)
 
 
 # Sockets -----------------------------------------------------------------------------

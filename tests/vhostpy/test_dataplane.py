@@ -144,7 +144,7 @@ def test_the_call_fd_whose_successor_was_refused_serves_what_was_under_way(
             gate.open()
             assert guest.queues[1].wait()
             disconnected(server)
-        assert open_fds() == before
+        eventually(lambda: open_fds() == before)
 
 
 @pytest.mark.parametrize("kind", ["net", "blk"])
