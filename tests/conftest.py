@@ -1,6 +1,7 @@
 """Settings that hold for all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,5 +20,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Soaks run only where asked for: make test-long, or -m long."""
+    # Under nohup, or behind a shell's &, these are ignored, and would be by what tests start.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.option.markexpr:
         config.option.markexpr = "not long"

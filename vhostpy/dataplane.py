@@ -70,7 +70,8 @@ class DataPlane:
         self.inflight: InflightArea | None = None
         self.features = 0
         self.rings: dict[int, RunningRing] = {}
-        self._given: dict[int, int] = {}  # the base that a ring had when it was stopped
+        # A ring's base when it was stopped, and whether it was broken.
+        self._given: dict[int, tuple[int, bool]] = {}
         self.retired: list[GuestMemory] = []
         self._files: dict[int, tuple[int, int]] = {}  # by a region's GPA: device and inode
         self.backend_channel: OwnedFd | None = None
@@ -355,7 +356,8 @@ class DataPlane:
             log=dirty_log,
             used_log_gpa=used_log_gpa,
         )
-        if state.base == 0 and virtqueue.unwritten:
+        given, was_broken = self._given.pop(index, (None, False))
+        if state.base == 0 != given and virtqueue.unwritten:
             # User-mode Linux says so of any ring. Who means it has been around a packed one
             # once, and each descriptor shows it.
             virtqueue.base = first_base(self.features)
@@ -364,7 +366,7 @@ class DataPlane:
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
         place = self._claim(index)
-        if self._given.pop(index, None) == state.base:
+        if given == state.base and not was_broken:
             state.broken = ""  # it goes on where we stopped it
             virtqueue.keep(place)
         else:
@@ -437,8 +439,7 @@ class DataPlane:
         place = ring.virtqueue.place
         if place is not None and self.session.rings[index].stop_reason is not StopReason.UNMAPPED:
             place.forget()  # the front-end knows
-        if not ring.virtqueue.broken:
-            self._given[index] = ring.virtqueue.base
+        self._given[index] = ring.virtqueue.base, ring.virtqueue.broken
         return ring.virtqueue.base
 
     def _stop_held(self, index: int) -> None:

@@ -131,7 +131,10 @@ class Victim:
         eventually(self.is_quiet, "the end of all attackers' sessions")
         process = Path(f"/proc/{self.process.pid}")
         maps = process.joinpath("maps").read_text()
-        names = [task.joinpath("comm").read_text() for task in process.joinpath("task").iterdir()]
+        names = []
+        for task in process.joinpath("task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                names.append(task.joinpath("comm").read_text())
         # The worker for those who block others stays, with its two fds.
         apart = names.count("vhostpy-w1\n")
         return {

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
 
 A, B = "10.0.0.1", "10.0.0.2"
 ANONYMOUS_SLACK_KIB = 2048  # Python's heap breathes
+# Stacks and arenas of threads that have ended, which the C library keeps; a leak has one each time.
+MAPPINGS_SLACK = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,8 @@ def bring_back(network: Network) -> None:
 
 
 def assert_flat(before: Footprint, after: Footprint) -> None:
-    assert (after.fds, after.threads, after.mappings) == (
-        before.fds, before.threads, before.mappings)
+    assert (after.fds, after.threads) == (before.fds, before.threads)
+    assert after.mappings <= before.mappings + MAPPINGS_SLACK
     assert after.anonymous_kib <= before.anonymous_kib + ANONYMOUS_SLACK_KIB
 
 
