@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.peers import traffic
-from tests.peers.backend import Backend, Footprint
+from tests.peers.backend import Backend, Footprint, assert_flat
 from tests.peers.guest import Guest, boot
 from tests.peers.qemu import Nic, Qemu, qemu7, qemu10, qemu11
 from vhostpy._spec import Feature
@@ -20,9 +20,6 @@ from vhostpy._spec import Feature
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
 
 A, B = "10.0.0.1", "10.0.0.2"
-ANONYMOUS_SLACK_KIB = 2048  # Python's heap breathes
-# Stacks and arenas of threads that have ended, which the C library keeps; a leak has one each time.
-MAPPINGS_SLACK = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +188,6 @@ def bring_back(network: Network) -> None:
     network.a.set_address(f"{A}/24")
     assert_answers(network.a, B)
     network.a.check(f"nc {B} 7000 < /dev/zero > /dev/null 2>&1 &")
-
-
-def assert_flat(before: Footprint, after: Footprint) -> None:
-    assert (after.fds, after.threads) == (before.fds, before.threads)
-    assert after.mappings <= before.mappings + MAPPINGS_SLACK
-    assert after.anonymous_kib <= before.anonymous_kib + ANONYMOUS_SLACK_KIB
 
 
 def reload_driver(network: Network, times: int) -> None:
