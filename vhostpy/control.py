@@ -34,7 +34,7 @@ import msgpack
 
 from vhostpy import unixsocket
 from vhostpy.errors import ConfigError, VhostpyError
-from vhostpy.fds import SOCKET_PATH_MAX, is_served
+from vhostpy.fds import SOCKET_PATH_MAX
 
 log = logging.getLogger("vhostpy")
 
@@ -240,7 +240,7 @@ def bind(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _directory_lock(path.parent):
-            if is_served(path):
+            if unixsocket.is_served(path):
                 raise ConfigError(
                     f"{path}: another process serves this control socket",
                     "stop it, or give this one another --control PATH",
@@ -351,7 +351,7 @@ def default_path(name: str) -> Path:
     directory = writable_directory()
     name = file_name(name, _room(directory))
     path = directory / f"{name}.sock"
-    return directory / f"{name}-{os.getpid()}.sock" if is_served(path) else path
+    return directory / f"{name}-{os.getpid()}.sock" if unixsocket.is_served(path) else path
 
 
 def file_name(name: str, length: int = NAME_MAX) -> str:
@@ -370,7 +370,7 @@ def running() -> dict[str, Path]:
         with contextlib.suppress(OSError), _directory_lock(directory):
             _check_owner(directory)
             for path in sorted(directory.glob("*.sock")):
-                if is_served(path):
+                if unixsocket.is_served(path):
                     found.setdefault(path.stem, path)
                 else:
                     with contextlib.suppress(OSError):
@@ -379,7 +379,7 @@ def running() -> dict[str, Path]:
         for path in sorted(directory.glob("*.sock")):
             # Nothing is removed here, and no link followed to what others serve.
             with contextlib.suppress(OSError):
-                if path.stat().st_uid == owner and is_served(path):
+                if path.stat().st_uid == owner and unixsocket.is_served(path):
                     taken = path.stem in found
                     found[f"{path.stem}@{_user_name(owner)}" if taken else path.stem] = path
     return found

@@ -5,7 +5,6 @@ To close one that a stranger sent holds nobody up. Knows descriptors and bytes; 
 
 import array
 import contextlib
-import errno
 import fcntl
 import functools
 import os
@@ -208,17 +207,3 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[OwnedFd | 
     numbers = [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", numbers))
     return sock.sendmsg([data], [rights])
-
-
-def is_served(path: str | os.PathLike[str]) -> bool:
-    """Whether a living process has the socket at `path`; it hears nothing of the question.
-
-    To connect would be seen as a peer that comes and goes. A socket of another type cannot
-    be connected, and the kernel says so (EPROTOTYPE) only where somebody has the other end.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except OSError as error:
-            return error.errno in (errno.EPROTOTYPE, errno.EACCES, errno.EPERM)
-    return True  # of this very type

@@ -546,7 +546,7 @@ def _remove_stale(path: str) -> None:
         raise ConfigError(
             f"cannot look at {path}: {os.strerror(error.errno or 0)}", "choose another path"
         ) from None
-    if fds.is_served(path):
+    if unixsocket.is_served(path):
         raise ConfigError(
             f"{path} is in use by a running process",
             "stop that process, or choose another --socket",

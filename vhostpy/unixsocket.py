@@ -6,6 +6,7 @@ removed from the directory in which it was looked at.
 """
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -32,6 +33,20 @@ def just_bound(path: str) -> Iterator[str]:
         yield name
     finally:
         os.close(fd)
+
+
+def is_served(path: str | os.PathLike[str]) -> bool:
+    """Whether a living process has the socket at `path`; it hears nothing of the question.
+
+    To connect would be seen as a peer that comes and goes. A socket of another type cannot
+    be connected, and the kernel says so (EPROTOTYPE) only where somebody has the other end.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError as error:
+            return error.errno in (errno.EPROTOTYPE, errno.EACCES, errno.EPERM)
+    return True  # of this very type
 
 
 def identity(path: str | os.PathLike[str]) -> tuple[int, int]:
