@@ -135,10 +135,10 @@ class Victim:
         for task in process.joinpath("task").iterdir():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 names.append(task.joinpath("comm").read_text())
-        # The worker for those who block others stays, with its two fds.
+        # The worker for those who block others stays, with its three fds.
         apart = names.count("vhostpy-w1\n")
         return {
-            "fds": len(os.listdir(process / "fd")) - 2 * apart,
+            "fds": len(os.listdir(process / "fd")) - 3 * apart,
             "threads": len(names) - apart,
             "guest mappings": maps.count("/memfd:") + maps.count("(deleted)"),
         }
