@@ -124,7 +124,7 @@ def extensions(strip):
         Extension(
             path.removesuffix(".pyx").replace("/", "."),
             [path],
-            depends=["vhostpy/_hw.h", "vhostpy/_sigbus.h"],
+            depends=["vhostpy/system/hw.h", "vhostpy/memory/sigbus.h"],
             include_dirs=["vhostpy"],
             extra_compile_args=CFLAGS,
             extra_link_args=[*LDFLAGS, *strip, *needed],
@@ -137,7 +137,7 @@ def extensions(strip):
 want_tools()
 setup(
     packages=find_packages(include=["vhostpy*"]),
-    package_data={"": ["*.pxd", "*.pyx", "_hw.h", "_sigbus.h"]},
+    package_data={"": ["*.pxd", "*.pyx", "*.h"]},
     # Replaced when they are built; that there are some makes the wheel one of this machine.
     ext_modules=[Extension("vhostpy._ring", ["vhostpy/_ring.pyx"])],
     cmdclass={"build_ext": BuildExt},

@@ -6,11 +6,11 @@ are the two ends for a thread each: then lines travel between cores.
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from vhostpy._hw cimport load_acquire_u32, read_once_u64, ticks, write_once_u64
+from vhostpy.system.hw cimport load_acquire_u32, read_once_u64, ticks, write_once_u64
 from vhostpy._ring cimport (
     BURST, SCRATCH_SEGMENTS, Chain, DriverVirtqueue, Scratch, UsedEntry, Virtqueue,
 )
-from vhostpy.memory cimport Segment, translate
+from vhostpy.memory.guest cimport Segment, translate
 
 STEPS = ("add", "pop", "push", "collect")
 

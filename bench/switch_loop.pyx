@@ -6,12 +6,12 @@ from libc.stdint cimport uint16_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vhostpy._chain cimport scratch_free, scratch_make
-from vhostpy._hw cimport ticks
+from vhostpy.ring.chain cimport scratch_free, scratch_make
+from vhostpy.system.hw cimport ticks
 from vhostpy._ring cimport BURST, DriverVirtqueue, Scratch, UsedEntry
-from vhostpy.memory cimport Segment
+from vhostpy.memory.guest cimport Segment
 from vhostpy.vswitch.forwarder cimport Forwarder
-from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Turn
+from vhostpy.runtime.pool cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Turn
 
 
 cdef void around(DriverVirtqueue driver, const Segment *pieces, bint writable) noexcept nogil:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from vhostpy._spec import Feature
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 IDLE_S = 2.0
 

@@ -10,10 +10,10 @@ from bench.peers.generators import GENERATOR_CORE
 from bench.rates import measure, needs_two_cores, rated
 from tests.serving import serving
 from vhostpy.load import net
-from vhostpy.load._net import Touch
-from vhostpy.load._null import NullNet
-from vhostpy.server import Server
-from vhostpy.worker import Workers
+from vhostpy.load.net_loop import Touch
+from vhostpy.load.null import NullNet
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
 
 
 @needs_two_cores

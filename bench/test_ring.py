@@ -9,7 +9,7 @@ import pytest
 
 from bench import ring_loop
 from tests.rings import BORDER, LAYOUTS, Rings
-from vhostpy._inflight import InflightArea, area_bytes
+from vhostpy.ring.inflight import InflightArea, area_bytes
 
 ROUNDS = 2000
 CHAINS = 100_000  # in less than a millisecond: most samples are not interrupted

@@ -12,9 +12,9 @@ from bench.peers.devices import Vhostpy
 from bench.peers.generators import own_net
 from bench.rates import SECONDS, measure, needs_two_cores, rated
 from vhostpy._spec import Feature
-from vhostpy.frontend import FrontEnd
-from vhostpy.load._net import Touch
+from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.load.net import IMIX
+from vhostpy.load.net_loop import Touch
 
 CASES = {
     "64": {"sizes": (64,), "touch": Touch.HEADER},

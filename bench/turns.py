@@ -18,8 +18,8 @@ from bench.peers.core import prefer
 from bench.peers.devices import Vhostpy, cpu_s
 from bench.peers.generators import GENERATOR_CORE
 from vhostpy.load import blk, net
-from vhostpy.load._blk import BlkPhase
-from vhostpy.load._net import Phase, Touch
+from vhostpy.load.blk_loop import BlkPhase
+from vhostpy.load.net_loop import Phase, Touch
 from vhostpy.load.runner import Runner, Sample, seconds_between, shares
 
 SETTLE_S = 0.05  # of a turn, before what counts

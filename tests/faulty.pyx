@@ -9,7 +9,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.uio cimport iovec
 
-from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
+from vhostpy.backends.storage.storage cimport Channel, Op, Request, Storage
 
 cdef enum:
     RULES = 8

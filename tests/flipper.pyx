@@ -3,7 +3,7 @@ import threading
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from vhostpy._hw cimport cpu_pause, load_acquire_u32, store_release_u32, write_once_u64
+from vhostpy.system.hw cimport cpu_pause, load_acquire_u32, store_release_u32, write_once_u64
 
 cdef enum:
     WORDS = 16

@@ -9,10 +9,10 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Self
 
-from vhostpy._inflight import InflightQueue
 from vhostpy._ring import DriverVirtqueue, Virtqueue, sizes_of
-from vhostpy.mapping import Mapping
-from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.memory.guest import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
+from vhostpy.ring.inflight import InflightQueue
 
 LAYOUTS = ["split", "packed"]
 INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32

@@ -4,10 +4,10 @@ import os
 from typing import Any
 
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.effects import Effect, Reply, StopRing
 from vhostpy.errors import VhostpyError
-from vhostpy.fds import OwnedFd
-from vhostpy.payloads import (
+from vhostpy.protocol.codec import REPLIES_TO_FRONT_END, Decoder, Message, encode, encode_reply
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import (
     U64,
     MemoryRegion,
     MemoryTable,
@@ -16,9 +16,9 @@ from vhostpy.payloads import (
     VringFile,
     VringState,
 )
-from vhostpy.protocol import REPLIES_TO_FRONT_END, Decoder, Message, encode, encode_reply
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.session import Session
+from vhostpy.session.effects import Effect, Reply, StopRing
+from vhostpy.session.session import Session
+from vhostpy.system.fds import OwnedFd
 
 UVA = 0x7F00_0000_0000
 REGION = MemoryRegion(0, 4 << 20, UVA, 0)  # room for 256 rings

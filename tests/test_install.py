@@ -38,8 +38,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serves(python: Path, cwd: Path) -> bool:
     """Whether the installed package starts a switch; run where the source is not."""
     code = (
-        "import vhostpy.backends.net, vhostpy.backends.blk, vhostpy.vswitch.switch as s;"
-        "from vhostpy.worker import Workers;"
+        "import vhostpy.backends.net.port, vhostpy.backends.blk.queue, vhostpy.vswitch.switch as s;"
+        "from vhostpy.runtime.pool import Workers;"
         "w = Workers(); w.start(); s.Switch(w).status(); w.stop(); print('served')"
     )
     return run(python, "-c", code, cwd=cwd) == "served\n"

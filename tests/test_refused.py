@@ -18,13 +18,13 @@ import pytest
 import vhostpy
 from tests.backends.guest import Guest
 from tests.hostile.pages import PAGE, memfd, region
-from vhostpy._worker import Worker
-from vhostpy.backends.blk import DiskQueue
+from vhostpy.backends.blk.queue import DiskQueue
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.errors import ConfigError, ProtocolError
-from vhostpy.mapping import Mapping, poison_fd
-from vhostpy.memory import GuestMemory
-from vhostpy.worker import Workers
+from vhostpy.memory.guest import GuestMemory
+from vhostpy.memory.mapping import Mapping, poison_fd
+from vhostpy.runtime.pool import Workers
+from vhostpy.runtime.worker import Worker
 
 
 @contextlib.contextmanager

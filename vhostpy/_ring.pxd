@@ -1,21 +1,21 @@
 """Virtqueues, both sides: the back-end's `Virtqueue`, the driver's `DriverVirtqueue`.
 
 Callers move bursts of chains; they find all they need here. How a ring is laid out is
-known to `_split`, how a chain is checked to `_chain`.
+known to `ring.split`, how a chain is checked to `ring.chain`.
 """
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from vhostpy._chain cimport (
+from vhostpy.ring.chain cimport (
     BURST, CHAIN_BAD_INDEX, CHAIN_BAD_INDIRECT, CHAIN_BAD_ORDER, CHAIN_FAULTS, CHAIN_OK,
     CHAIN_TOO_LONG, CHAIN_TOO_MANY_SEGMENTS, CHAIN_UNMAPPED, CHAIN_ZERO_LENGTH, RING_BROKEN,
     SCRATCH_SEGMENTS, Chain, ChainFault, Scratch,
 )
-from vhostpy._driver cimport DriverVirtqueue
-from vhostpy._ends cimport Ring, UsedEntry
-from vhostpy._inflight cimport InflightQueue
-from vhostpy._tracker cimport Tracker
-from vhostpy.memory cimport DirtyLog, GuestMemory, Segment
-from vhostpy.positions cimport Place
+from vhostpy.ring.driver cimport DriverVirtqueue
+from vhostpy.ring.state cimport Ring, UsedEntry
+from vhostpy.ring.inflight cimport InflightQueue
+from vhostpy.ring.tracker cimport Tracker
+from vhostpy.memory.guest cimport DirtyLog, GuestMemory, Segment
+from vhostpy.ring.positions cimport Place
 
 
 @cython.final

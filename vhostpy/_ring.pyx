@@ -11,41 +11,41 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from vhostpy._chain cimport scratch_free, scratch_make
-from vhostpy._ends cimport (
+from vhostpy.ring.chain cimport scratch_free, scratch_make
+from vhostpy.ring.state cimport (
     BROKEN_BUFFERS, BROKEN_CHAIN, WorkerSide, break_ring, break_ring_for, call_driver,
     log_collect, log_flush,
 )
-from vhostpy._hw cimport (
+from vhostpy.system.hw cimport (
     aligned_alloc, load_acquire_u32, read_once_u64, store_release_u32, unlikely,
 )
-from vhostpy._inflight_packed cimport (
+from vhostpy.ring.inflight_packed cimport (
     packed_track_again, packed_track_published, packed_track_publishing, packed_track_rewind,
     packed_track_take,
 )
-from vhostpy._inflight_split cimport (
+from vhostpy.ring.inflight_split cimport (
     split_track_published, split_track_push, split_track_rewind, split_track_take,
 )
-from vhostpy._packed cimport (
+from vhostpy.ring.packed cimport (
     OWNER, packed_arm, packed_disarm, packed_distance, packed_pop, packed_publish, packed_push,
     packed_rewind, packed_start,
 )
 from vhostpy._spec cimport Feature
-from vhostpy._tracker cimport track_push
-from vhostpy._split cimport (
+from vhostpy.ring.tracker cimport track_push
+from vhostpy.ring.split cimport (
     split_arm, split_disarm, split_pop, split_publish, split_push, split_start,
 )
 
 from typing import NamedTuple
 
-from vhostpy import _chain, _driver
+from vhostpy.ring import chain, driver
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.layout import (alignments_of, check_base, check_size, first_base, part_names,
+from vhostpy.ring.parts import (alignments_of, check_base, check_size, first_base, part_names,
                             sizes_of)
-from vhostpy.notify import is_unix_socket
+from vhostpy.system.notify import is_unix_socket
 
 # Python's names for what the .pxd takes from there (`import` can't say it: they are types).
-globals().update(ChainFault=_chain.ChainFault, DriverVirtqueue=_driver.DriverVirtqueue)
+globals().update(ChainFault=chain.ChainFault, DriverVirtqueue=driver.DriverVirtqueue)
 
 
 class Taken(NamedTuple):

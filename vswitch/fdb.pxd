@@ -5,7 +5,7 @@ Knows keys and port numbers; knows no frame, port object or ring.
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 
 from libc.string cimport memcpy
-from vhostpy._hw cimport likely, prefetch_read
+from vhostpy.system.hw cimport likely, prefetch_read
 
 cdef extern from *:
     """

@@ -1,10 +1,10 @@
 """What one port's transmit queue goes through: which port gets a frame."""
 cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
-from vhostpy._port cimport Frame, Port
+from vhostpy.vswitch.port cimport Frame, Port
 from vhostpy._ring cimport BURST, Scratch
-from vhostpy.worker cimport Pollable, Turn
-from vhostpy.vswitch._table cimport Place, PortTable, Ports
+from vhostpy.runtime.pool cimport Pollable, Turn
+from vhostpy.vswitch.table cimport Place, PortTable, Ports
 from vhostpy.vswitch.fdb cimport ForwardingTable
 
 

@@ -17,17 +17,17 @@ from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from vhostpy._chain cimport scratch_free, scratch_make
-from vhostpy._hw cimport (aligned_alloc, likely, load_acquire_ptr, load_acquire_u64,
+from vhostpy.ring.chain cimport scratch_free, scratch_make
+from vhostpy.system.hw cimport (aligned_alloc, likely, load_acquire_ptr, load_acquire_u64,
                           read_once_u64, ticks, unlikely, write_once_u32, write_once_u64)
-from vhostpy._port cimport DROPS, Drop, Frame, Port
+from vhostpy.vswitch.port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST
-from vhostpy.vswitch._masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
-from vhostpy.vswitch._table cimport Place, PortTable, Ports
+from vhostpy.vswitch.masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
+from vhostpy.vswitch.table cimport Place, PortTable, Ports
 from vhostpy.vswitch.fdb cimport (
     FDB_UNKNOWN, ForwardingTable, fdb_key, fdb_learn, fdb_lookup, fdb_prepare,
 )
-from vhostpy.worker cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Pollable, Turn
+from vhostpy.runtime.pool cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Pollable, Turn
 
 cdef enum Verdict:
     # Where a frame goes, if not to a place in the table.

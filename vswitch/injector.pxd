@@ -1,6 +1,6 @@
 """Frames that control sends in the name of a port."""
 from libc.stdint cimport uint8_t, uint32_t
-from vhostpy._port cimport Frame, Port
+from vhostpy.vswitch.port cimport Frame, Port
 from vhostpy._ring cimport Scratch
 
 cdef struct Slot           # private to injector.pyx

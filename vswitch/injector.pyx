@@ -11,10 +11,10 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from vhostpy._hw cimport load_acquire_u32, store_release_u32
-from vhostpy._port cimport ETHERNET_HEADER, SNAPSHOT, Frame, Port
+from vhostpy.system.hw cimport load_acquire_u32, store_release_u32
+from vhostpy.vswitch.port cimport ETHERNET_HEADER, SNAPSHOT, Frame, Port
 from vhostpy._ring cimport Scratch
-from vhostpy.memory cimport Segment
+from vhostpy.memory.guest cimport Segment
 
 cdef enum:
     SLOTS = 64             # a power of two

@@ -1,9 +1,9 @@
 """The learning switch: its ports, what they have learned, and the forwarders between them."""
 cimport cython
 from libc.stdint cimport uint64_t
-from vhostpy._port cimport Port
-from vhostpy.worker cimport Workers
-from vhostpy.vswitch._table cimport Ports
+from vhostpy.vswitch.port cimport Port
+from vhostpy.runtime.pool cimport Workers
+from vhostpy.vswitch.table cimport Ports
 from vhostpy.vswitch.fdb cimport ForwardingTable
 from vhostpy.vswitch.forwarder cimport Forwarder
 

@@ -5,13 +5,13 @@ Control's: what workers do is `forwarder`'s.
 cimport cython
 from libc.stdint cimport uint64_t
 
-from vhostpy._hw cimport ticks_per_us
-from vhostpy._port cimport Port
-from vhostpy.vswitch._table cimport Ports
+from vhostpy.system.hw cimport ticks_per_us
+from vhostpy.vswitch.port cimport Port
+from vhostpy.vswitch.table cimport Ports
 from vhostpy.vswitch.fdb cimport FDB_PORTS_MAX, ForwardingTable
 from vhostpy.vswitch.forwarder cimport Forwarder
 from vhostpy.vswitch.injector cimport Injector
-from vhostpy.worker cimport Workers
+from vhostpy.runtime.pool cimport Workers
 
 from vhostpy.errors import ConfigError
 from vhostpy.vswitch.injector import rarp_frame

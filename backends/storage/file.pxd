@@ -1,8 +1,8 @@
 """A disk in a file or on a block device, by a pool of threads."""
 from libc.stdint cimport uint32_t, uint64_t
 
-from vhostpy.backends.storage._done cimport DoneChannel, pthread_mutex_t
-from vhostpy.backends.storage._storage cimport Request, Storage
+from vhostpy.backends.storage.completions cimport DoneChannel, pthread_mutex_t
+from vhostpy.backends.storage.storage cimport Request, Storage
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_cond_t:

@@ -13,15 +13,15 @@ from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport fdatasync
 
-from vhostpy._linux cimport (
+from vhostpy.system.linux cimport (
     FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, SIG_SETMASK, pthread_self,
     pthread_setname_np, pthread_sigmask,
 )
-from vhostpy.backends.storage._done cimport (
+from vhostpy.backends.storage.completions cimport (
     Done, DoneChannel, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, put_done,
 )
-from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request, Storage
+from vhostpy.backends.storage.storage cimport REQUEST_UNMAP, Op, Request, Storage
 
 import logging
 import threading

@@ -2,8 +2,8 @@
 
 import logging
 
-from vhostpy.backends.storage._storage import Storage
 from vhostpy.backends.storage.file import FileStorage
+from vhostpy.backends.storage.storage import Storage
 from vhostpy.errors import ConfigError
 
 log = logging.getLogger("vhostpy")
@@ -20,8 +20,8 @@ def open_file(
 ) -> Storage:
     """The image at `path`. Raises ConfigError where it cannot be served."""
     try:
-        from vhostpy.backends.storage._uring_setup import UringUnavailable
         from vhostpy.backends.storage.uring import UringStorage
+        from vhostpy.backends.storage.uring_setup import UringUnavailable
     except ImportError:
         why = "vhostpy was built without liburing"
         hint = "install liburing's headers (Debian: liburing-dev) and build it again"

@@ -4,13 +4,13 @@ from libc.errno cimport errno
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 from posix.unistd cimport close
 
-from vhostpy._hw cimport load_acquire_u32, store_release_u32
-from vhostpy._linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
-from vhostpy.backends.storage._storage cimport Channel, Request, Storage
+from vhostpy.system.hw cimport load_acquire_u32, store_release_u32
+from vhostpy.system.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd
+from vhostpy.backends.storage.storage cimport Channel, Request, Storage
 
 import os
 
-from vhostpy.backends.storage._storage import Op
+from vhostpy.backends.storage.storage import Op
 from vhostpy.backends.storage.ram import RamStorage
 
 cdef enum:

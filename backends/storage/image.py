@@ -10,9 +10,9 @@ import os
 import stat
 from dataclasses import dataclass
 
-from vhostpy.backends.storage._storage import check_block_size
 from vhostpy.backends.storage.formats import format_of, how_to_serve
 from vhostpy.backends.storage.lock import lock_image, unlock_image
+from vhostpy.backends.storage.storage import check_block_size
 from vhostpy.errors import ConfigError
 
 log = logging.getLogger("vhostpy")

@@ -16,15 +16,15 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strlen
 from posix.unistd cimport close
 
-from vhostpy._hw cimport load_acquire_u32, store_release_u32
-from vhostpy._linux cimport pthread_self, pthread_setname_np
-from vhostpy.backends.storage._done cimport DoneChannel
-from vhostpy.backends.storage._link cimport (
+from vhostpy.system.hw cimport load_acquire_u32, store_release_u32
+from vhostpy.system.linux cimport pthread_self, pthread_setname_np
+from vhostpy.backends.storage.completions cimport DoneChannel
+from vhostpy.backends.storage.nbd_connection cimport (
     GAVE_UP, LOST, MENDED, STOPPED, Event, Link, Watch, attend, close_link, connect, drive,
     free_link, leave, new_link, put, serve, start_watch, stop,
 )
-from vhostpy.backends.storage._storage cimport Request, Storage
-from vhostpy.notify cimport only_faults_and_interrupts
+from vhostpy.backends.storage.storage cimport Request, Storage
+from vhostpy.system.notify cimport only_faults_and_interrupts
 
 import errno as errors
 import logging
@@ -32,7 +32,7 @@ import os
 import re
 import threading
 
-from vhostpy.backends.storage._storage import check_block_size
+from vhostpy.backends.storage.storage import check_block_size
 from vhostpy.backends.storage.uris import library_of
 from vhostpy.errors import ConfigError
 

@@ -4,9 +4,9 @@ Shows what the path from the guest to a storage and back costs.
 """
 cimport cython
 
-from vhostpy.backends.storage._storage cimport Channel, Request, Storage
+from vhostpy.backends.storage.storage cimport Channel, Request, Storage
 
-from vhostpy.backends.storage._storage import check_block_size, check_size, size_text
+from vhostpy.backends.storage.storage import check_block_size, check_size, size_text
 
 
 @cython.final

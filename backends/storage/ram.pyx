@@ -13,12 +13,12 @@ from posix.mman cimport (
     mmap, munmap,
 )
 
-from vhostpy.backends.storage._pieces cimport Position, copy_pieces
-from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
+from vhostpy.backends.storage.pieces cimport Position, copy_pieces
+from vhostpy.backends.storage.storage cimport Channel, Op, Request, Storage
 
 import os
 
-from vhostpy.backends.storage._storage import check_block_size, check_size, size_text
+from vhostpy.backends.storage.storage import check_block_size, check_size, size_text
 from vhostpy.errors import ConfigError
 
 cdef extern from "<sys/mman.h>" nogil:

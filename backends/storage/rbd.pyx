@@ -12,16 +12,16 @@ from libc.errno cimport EIO, ENOMEM
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from vhostpy.backends.storage._done cimport Done, DoneChannel, put_done
-from vhostpy.backends.storage._pieces cimport Position, copy_pieces
-from vhostpy.backends.storage._storage cimport REQUEST_UNMAP, Op, Request, Storage
+from vhostpy.backends.storage.completions cimport Done, DoneChannel, put_done
+from vhostpy.backends.storage.pieces cimport Position, copy_pieces
+from vhostpy.backends.storage.storage cimport REQUEST_UNMAP, Op, Request, Storage
 
 import logging
 import os
 import re
 import threading
 
-from vhostpy.backends.storage._storage import check_block_size
+from vhostpy.backends.storage.storage import check_block_size
 from vhostpy.errors import ConfigError
 
 cdef extern from "<rados/librados.h>" nogil:

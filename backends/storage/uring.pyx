@@ -20,19 +20,19 @@ from posix.types cimport off_t
 from posix.uio cimport iovec, preadv, pwritev
 from posix.unistd cimport close
 
-from vhostpy._hw cimport (
+from vhostpy.system.hw cimport (
     aligned_alloc, atomic_add_i64, fence_full, likely, read_once_u32, unlikely,
 )
-from vhostpy._linux cimport (
+from vhostpy.system.linux cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE,
     eventfd, fstatfs, statfs_t,
 )
-from vhostpy.backends.storage._detour cimport (
+from vhostpy.backends.storage.uring_steps cimport (
     BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS, Detour,
     Shared, bounce_part, copy_bounce, fill_bounce, learn, new_detour, next_bounce, next_way,
     pass_gate, point_at_zeros, step,
 )
-from vhostpy.backends.storage._liburing cimport (
+from vhostpy.backends.storage.liburing cimport (
     IORING_FSYNC_DATASYNC, IORING_OP_URING_CMD, IORING_SETUP_R_DISABLED, IORING_SQ_CQ_OVERFLOW,
     IORING_SQ_TASKRUN, IOSQE_ASYNC, IOSQE_FIXED_FILE, io_uring, io_uring_cq_advance,
     io_uring_cq_eventfd_toggle, io_uring_cq_ready, io_uring_cqe, io_uring_enable_rings,
@@ -42,13 +42,13 @@ from vhostpy.backends.storage._liburing cimport (
     io_uring_register_eventfd, io_uring_register_files, io_uring_sq_ready, io_uring_sqe,
     io_uring_submit_and_get_events,
 )
-from vhostpy.backends.storage._storage cimport Channel, Op, Request, Storage
-from vhostpy.backends.storage._uring_setup cimport setup_flags
+from vhostpy.backends.storage.storage cimport Channel, Op, Request, Storage
+from vhostpy.backends.storage.uring_setup cimport setup_flags
 from vhostpy.backends.storage.file cimport FileChannel, FileStorage
 
 import os
 
-from vhostpy.backends.storage._uring_setup import choose_setup
+from vhostpy.backends.storage.uring_setup import choose_setup
 from vhostpy.backends.storage.image import open_image
 from vhostpy.errors import ConfigError
 

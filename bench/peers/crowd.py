@@ -13,11 +13,11 @@ from bench.peers.devices import Device, Vhostpy
 from bench.peers.generators import GENERATOR_CORE, WARMUP_S, Watch, idle
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.app import raise_fd_limit
-from vhostpy.frontend import FrontEnd
-from vhostpy.load._blk import CONTROL_BYTES, BlkGenerator, BlkPhase
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.load.blk_loop import CONTROL_BYTES, BlkGenerator, BlkPhase
 from vhostpy.load.runner import thread_time_s
 from vhostpy.load.target import connect, memory_layout
+from vhostpy.site.site import raise_fd_limit
 
 PORTS = 1000
 DISKS = 64
@@ -142,11 +142,11 @@ def main(sockets: list[str]) -> None:
     import asyncio
 
     from bench.peers.devices import DEVICE_CORE
-    from vhostpy.app import App
-    from vhostpy.backends.disk import Disk
+    from vhostpy.backends.blk.device import Disk
     from vhostpy.backends.storage.null import NullStorage
-    from vhostpy.server import Server
-    from vhostpy.worker import Workers
+    from vhostpy.runtime.pool import Workers
+    from vhostpy.server.server import Server
+    from vhostpy.site.site import App
 
     raise_fd_limit()
     workers = Workers(1, poll="adaptive", cpus=[DEVICE_CORE])

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from bench.peers import core
 from bench.peers.core import DEVICE_CORE, PINNED
-from vhostpy import control
+from vhostpy.site import control
 
 OVS = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk"
 

@@ -216,7 +216,7 @@ _rate: list[float] = []
 def ticks_per_us() -> float:
     """Of the clock in which devices count cycles."""
     if not _rate:
-        from vhostpy.load._net import clock_rate
+        from vhostpy.load.net_loop import clock_rate
 
         _rate.append(clock_rate())
     return _rate[0]

@@ -9,7 +9,7 @@ count: of `Touch.HEADER` these are a frame's first ones, all others lie in the d
 from typing import NamedTuple
 
 from bench.peers.case import Case
-from vhostpy.load._net import Touch
+from vhostpy.load.net_loop import Touch
 
 LINE = 64
 HEADER = 12

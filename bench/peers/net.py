@@ -13,8 +13,8 @@ from bench.peers.generators import dpdk, idle, own_net
 from bench.peers.interleave import run_group
 from bench.peers.results import Results
 from bench.peers.turns import APART, CROSSING, TwoWorkers, WorkerEach, by_turns
-from vhostpy.load._net import Touch
 from vhostpy.load.net import IMIX
+from vhostpy.load.net_loop import Touch
 
 UNKIND = {"touch": Touch.HEADER}
 WHOLE = {"touch": Touch.FRAME}

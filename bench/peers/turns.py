@@ -23,8 +23,8 @@ from bench.peers.generators import GENERATOR_CORE, Calm
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature
 from vhostpy.errors import VhostpyError
-from vhostpy.frontend import FrontEnd
-from vhostpy.load._net import NetGenerator, Phase, Touch
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.load.net_loop import NetGenerator, Phase, Touch
 from vhostpy.load.target import connect, memory_layout
 
 CPUS = (DEVICE_CORE, GENERATOR_CORE)

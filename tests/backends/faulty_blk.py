@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.faulty import FaultyStorage
 from vhostpy.backends.storage import files
-from vhostpy.backends.storage._storage import Storage
+from vhostpy.backends.storage.storage import Storage
 from vhostpy.cli import main_blk
 
 TORN = 0.2  # of all writes

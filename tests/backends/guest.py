@@ -7,8 +7,8 @@ import time
 
 from vhostpy._ring import DriverVirtqueue, Virtqueue
 from vhostpy._spec import Feature
-from vhostpy.mapping import Mapping
-from vhostpy.memory import GuestMemory, RegionInfo
+from vhostpy.memory.guest import GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, SECURE_ERASE = 0, 1, 4, 8, 11, 13, 14
 OK, IOERR, UNSUPP = 0, 1, 2

@@ -7,12 +7,12 @@ import pytest
 
 from tests.backends.guest import FEATURES, Guest
 from vhostpy._spec import Feature
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.uring import UringStorage
-from vhostpy.worker import Workers
+from vhostpy.runtime.pool import Workers
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512

@@ -8,11 +8,11 @@ import pytest
 
 from vhostpy._ring import DriverVirtqueue, Virtqueue
 from vhostpy._spec import Feature
-from vhostpy.backends.netdevice import NetDevice
-from vhostpy.mapping import Mapping
-from vhostpy.memory import GuestMemory, RegionInfo
+from vhostpy.backends.net.device import NetDevice
+from vhostpy.memory.guest import GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
+from vhostpy.runtime.pool import Workers
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 UVA = 0x7F00_0000_0000
 PAGE = 4096

@@ -30,7 +30,7 @@ from vhostpy._spec import Feature
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.memory import DirtyLog
+from vhostpy.memory.guest import DirtyLog
 
 # What a guest reads is what it wrote -------------------------------------------------
 

@@ -9,7 +9,7 @@ from tests.backends.guest import FLUSH, IN, OK, OUT, UNTOUCHED, Guest, eventuall
 from tests.backends.machine import SIZE, STORAGES, Machine, each_layout
 from tests.rings import base_of
 from vhostpy._spec import Feature
-from vhostpy.backends.blk import DiskQueue
+from vhostpy.backends.blk.queue import DiskQueue
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import GuestError

@@ -6,12 +6,12 @@ import pytest
 
 from tests.backends.machine import SECTORS, SIZE, image
 from vhostpy._spec import Feature
-from vhostpy.backends.disk import CONFIG, CONFIG_FIELDS, Disk
+from vhostpy.backends.blk.device import CONFIG, CONFIG_FIELDS, Disk
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError, ProtocolError
-from vhostpy.worker import Workers
+from vhostpy.runtime.pool import Workers
 
 
 def config_of(disk):

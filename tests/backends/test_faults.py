@@ -12,9 +12,9 @@ from tests.backends.machine import Machine
 from tests.backends.test_storage import assert_is_a_bytearray, channel_of
 from tests.faulty import FaultyStorage
 from tests.short import short_files
-from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.backends.storage.storage import Op
 from vhostpy.backends.storage.uring import UringStorage
 
 SIZE = 1 << 20

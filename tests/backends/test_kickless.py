@@ -9,13 +9,13 @@ from tests.backends.netguest import MODERN, frame
 from tests.hostile.innocent import EVERYTHING, Station
 from tests.hostile.victim import eventually
 from tests.serving import serving
-from vhostpy.backends.disk import Disk
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.blk.device import Disk
+from vhostpy.backends.net.device import NetDevice
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.frontend import FrontEnd
-from vhostpy.server import Server
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 
 @pytest.fixture(params=["adaptive", "interrupt"])

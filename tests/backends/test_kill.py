@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.backends.disk import WRITEBACK_OFFSET
+from vhostpy.backends.blk.device import WRITEBACK_OFFSET
 from vhostpy.errors import Refused
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 SIZE = 8 << 20
 BLOCK = 4096

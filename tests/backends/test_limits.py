@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from tests.backends.guest import IN, OK, OUT, Guest, eventually
 from tests.backends.machine import Machine
-from vhostpy.backends.limits import Limits, Settings
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError
+from vhostpy.runtime.limits import Limits, Settings
 
 SECOND = 1_000_000  # ticks of the clock in these tests
 

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from vhostpy.backends.storage import lock
-from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
+from vhostpy.backends.storage.storage import Op
 from vhostpy.backends.storage.uring import UringStorage
 from vhostpy.errors import ConfigError
 

@@ -15,8 +15,8 @@ from tests.backends.guest import IN, IOERR, OK, OUT, Guest, eventually
 from tests.backends.machine import Machine
 from tests.backends.nbdkit import Nbdkit
 from tests.backends.test_storage import assert_is_a_bytearray, channel_of
-from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.nbd import NbdStorage
+from vhostpy.backends.storage.storage import Op
 from vhostpy.errors import ConfigError
 
 SIZE = 4 << 20

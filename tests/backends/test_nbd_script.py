@@ -14,8 +14,8 @@ import pytest
 
 from tests.backends.guest import eventually
 from tests.backends.nbdscript import DEFAULT_FLAGS, MULTI_CONN, READ, WRITE, NbdScript, reply
-from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.nbd import NbdStorage
+from vhostpy.backends.storage.storage import Op
 
 PIECE = 512 << 10  # of one command, at most
 COMMANDS = 64  # that a server has at a time

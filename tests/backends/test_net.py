@@ -24,8 +24,8 @@ from tests.backends.netguest import (
     guest,
     mac,
 )
-from vhostpy.backends.netdevice import NetDevice
-from vhostpy.memory import DirtyLog
+from vhostpy.backends.net.device import NetDevice
+from vhostpy.memory.guest import DirtyLog
 
 # What a guest receives -------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from tests.backends.netguest import INDIRECT, MRG_RXBUF, VERSION_1, data
 from tests.hostile.victim import eventually
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 PROJECT = Path(__file__).parents[2]
 SIZE = 256

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 
 from tests.backends.machine import SIZE, image, opened_gate
 from vhostpy.backends.storage import uring as uring_module
-from vhostpy.backends.storage._storage import Op
-from vhostpy.backends.storage._uring_setup import UringUnavailable
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.files import open_file
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.backends.storage.storage import Op
 from vhostpy.backends.storage.uring import UringStorage
+from vhostpy.backends.storage.uring_setup import UringUnavailable
 from vhostpy.errors import ConfigError
 
 UNMAP = 1

@@ -15,16 +15,16 @@ from tests.hostile.attacker import EVERYTHING
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.vhostpy.test_inflight import SIZE, marked
-from vhostpy._inflight import region_bytes
 from vhostpy._spec import Feature
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.uring import UringStorage
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd
-from vhostpy.memory import DirtyLog
-from vhostpy.server import Server
-from vhostpy.worker import Workers
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.memory.guest import DirtyLog
+from vhostpy.ring.inflight import region_bytes
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
+from vhostpy.system.fds import OwnedFd
 
 SHARED, DIMM = (0x10_0000, 8 << 20), (1 << 32, 8 << 20)
 LOG_BYTES = (DIMM[0] + DIMM[1]) // 4096 // 8

@@ -10,7 +10,7 @@ from bench.peers.__main__ import RESULTS
 from bench.peers.net import rate
 from bench.peers.placement import best_known
 from bench.peers.results import Results
-from vhostpy.load._net import Touch
+from vhostpy.load.net_loop import Touch
 
 CASE = rate("c", "a case", goals={"testpmd": 2.0}, chart=64)
 

@@ -20,8 +20,8 @@ from tests.peers.guest import Guest
 from tests.peers.qemu import Drive
 from tests.peers.test_verify import check_fio, start_fio
 from tests.peers.tools import tools_image, use_tools
-from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.rbd import RbdStorage
+from vhostpy.backends.storage.storage import Op
 from vhostpy.errors import ConfigError
 
 SIZE = 8 << 20

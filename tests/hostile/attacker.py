@@ -14,9 +14,9 @@ from tests.backends.netguest import BROADCAST, frame, mac
 from tests.hostile.victim import eventually
 from tests.rings import AVAIL, BORDER, DESC, GPA, GUESTS, LAYOUTS, RING_PACKED, USED
 from vhostpy._spec import Feature
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd, Queue
-from vhostpy.layout import first_base
+from vhostpy.frontend.frontend import FrontEnd, Queue
+from vhostpy.ring.parts import first_base
+from vhostpy.system.fds import OwnedFd
 
 EVERYTHING = (1 << 24) - 1
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.NET_MRG_RXBUF | 1 << Feature.INDIRECT_DESC

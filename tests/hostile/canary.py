@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.hostile.attacker import EVERYTHING, FEATURES, LAYOUT
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 
 class Canary:

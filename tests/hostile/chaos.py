@@ -37,9 +37,9 @@ from tests.rings import (
 )
 from vhostpy._spec import Feature
 from vhostpy.errors import VhostpyError
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd, Queue
-from vhostpy.layout import first_base
+from vhostpy.frontend.frontend import FrontEnd, Queue
+from vhostpy.ring.parts import first_base
+from vhostpy.system.fds import OwnedFd
 
 TARGETS = [("bad0", 0), ("bad1", 1), ("bad2", 1), ("badram", 0), ("badfile", 0)]
 BUFFERS = [GOOD, GOOD, GOOD + 5, GOOD + 16, BORDER - 8, BORDER - 100]

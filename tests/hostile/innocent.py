@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.backends.netguest import MODERN, frame, mac
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 EVERYTHING = (1 << 24) - 1
 LATE_S = 2.0  # what has not come after that is lost

@@ -12,7 +12,7 @@ import select
 import struct
 from typing import Any, Self
 
-from vhostpy.memory import GuestMemory
+from vhostpy.memory.guest import GuestMemory
 
 PAGE = 4096
 SYSCALL = {"x86_64": 323, "aarch64": 282}

@@ -7,8 +7,8 @@ import tempfile
 
 import pytest
 
-from vhostpy.mapping import Mapping
-from vhostpy.memory import RegionInfo
+from vhostpy.memory.guest import RegionInfo
+from vhostpy.memory.mapping import Mapping
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 HUGE = 2 << 20

@@ -28,10 +28,10 @@ from tests.backends.guest import (
     eventually,
 )  # fmt: skip
 from tests.backends.machine import SECTORS, SIZE, Machine, image
-from vhostpy.backends.storage._storage import Op
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
+from vhostpy.backends.storage.storage import Op
 from vhostpy.backends.storage.uring import UringStorage
 
 CONTENT = b"precious" * (SIZE // 8)

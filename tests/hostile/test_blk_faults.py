@@ -24,14 +24,14 @@ from tests.hostile.victim import eventually
 from tests.rings import BORDER, DESC, END, GPA, TABLES, USED, base_of
 from tests.serving import serving
 from tests.vhostpy.test_inflight import SIZE, marked
-from vhostpy._inflight import region_bytes
 from vhostpy._spec import Feature
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.gate import GateStorage
-from vhostpy.fds import OwnedFd
-from vhostpy.memory import DirtyLog
-from vhostpy.server import Server
-from vhostpy.worker import Workers
+from vhostpy.memory.guest import DirtyLog
+from vhostpy.ring.inflight import region_bytes
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
+from vhostpy.system.fds import OwnedFd
 
 HEADER = (STATUS, 16)
 AT = STATUS + 16  # where the status byte is

@@ -17,11 +17,11 @@ from tests.hanging import lingering_socket
 from tests.hostile.victim import eventually
 from vhostpy._spec import Feature
 from vhostpy.errors import Refused
-from vhostpy.fds import FDS_ROOM, OwnedFd
-from vhostpy.frontend import FrontEnd
-from vhostpy.payloads import MemoryRegion
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.protocol import encode
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.codec import encode
+from vhostpy.protocol.payloads import MemoryRegion
+from vhostpy.system.fds import FDS_ROOM, OwnedFd
 
 EVERYTHING = (1 << 24) - 1
 BOUND_S = 0.1  # what an innocent may wait for an answer

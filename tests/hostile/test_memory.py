@@ -12,10 +12,10 @@ import pytest
 
 from tests.hostile.pages import PAGE, UVA, memfd, region
 from tests.hostile.victim import eventually
-from vhostpy.account import COMMON, Account
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.mapping import Mapping, poison_fd
-from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.memory.guest import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping, poison_fd
+from vhostpy.system.account import COMMON, Account
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,12 @@ from tests.hostile.pages import huge_pages
 from tests.hostile.victim import eventually
 from tests.rings import AVAIL, DESC, END, GPA, TABLES, USED
 from vhostpy._spec import Feature
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd
-from vhostpy.memory import DirtyLog
-from vhostpy.payloads import MemoryRegion, MemoryTable, SingleRegion, VringAddress
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.protocol import encode
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.memory.guest import DirtyLog
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.codec import encode
+from vhostpy.protocol.payloads import MemoryRegion, MemoryTable, SingleRegion, VringAddress
+from vhostpy.system.fds import OwnedFd
 
 PUNCH_HOLE, KEEP_SIZE = 2, 1
 HUGE = 2 << 20

@@ -18,12 +18,14 @@ import pytest
 from tests.serving import serving
 from tests.talk import PROTOCOL_FEATURES, REGION, Talk, eventfd, open_fds, ready
 from vhostpy._spec import Feature
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError, Refused, VhostpyError
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd
-from vhostpy.payloads import (
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.frontend.sharedmemory import UVA_BASE
+from vhostpy.protocol.codec import Decoder, Header, encode
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import (
     U64,
     Config,
     Inflight,
@@ -35,11 +37,9 @@ from vhostpy.payloads import (
     VringFile,
     VringState,
 )
-from vhostpy.protocol import Decoder, Header, encode
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.server import Server
-from vhostpy.sharedmemory import UVA_BASE
-from vhostpy.worker import Workers
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
+from vhostpy.system.fds import OwnedFd
 
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.EVENT_IDX
 EVERYTHING = (1 << 24) - 1

@@ -22,9 +22,9 @@ from tests.backends.netguest import (
     mac,
 )
 from tests.vswitch.net import LATER, net
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.net.device import NetDevice
+from vhostpy.runtime.pool import Workers
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 NEXT, WRITE, INDIRECT_FLAG = 1, 2, 4
 NOWHERE = 1 << 40

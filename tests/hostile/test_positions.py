@@ -29,10 +29,10 @@ from tests.rings import (
     WRITE,
     Rings,
 )
-from vhostpy._inflight import InflightArea, region_bytes
 from vhostpy._spec import Feature
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.layout import sizes_of
+from vhostpy.ring.inflight import InflightArea, region_bytes
+from vhostpy.ring.parts import sizes_of
 
 SIZE = 8
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)

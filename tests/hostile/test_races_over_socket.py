@@ -33,10 +33,10 @@ from tests.hostile.conftest import place_of
 from tests.hostile.victim import eventually
 from tests.rings import AVAIL, BORDER, DESC, END, TABLES
 from vhostpy._spec import Feature
-from vhostpy.frontend import FrontEnd
-from vhostpy.payloads import U64, VringFile, VringState
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.protocol import encode
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.codec import encode
+from vhostpy.protocol.payloads import U64, VringFile, VringState
 
 # What changes between two looks ------------------------------------------------------------
 
@@ -408,6 +408,6 @@ def offer_some(attacker: Attacker, count: int) -> None:
 
 
 def _region(attacker: Attacker):
-    from vhostpy.payloads import SingleRegion
+    from vhostpy.protocol.payloads import SingleRegion
 
     return SingleRegion(attacker.end.shared.regions[1])

@@ -16,8 +16,8 @@ from tests.rings import (
 )
 from vhostpy._ring import Virtqueue
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.mapping import Mapping
-from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.memory.guest import DirtyLog, GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

@@ -31,8 +31,8 @@ from tests.rings import (
 )
 from vhostpy._ring import ChainFault
 from vhostpy.errors import GuestError
-from vhostpy.mapping import Mapping
-from vhostpy.memory import GuestMemory, RegionInfo
+from vhostpy.memory.guest import GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

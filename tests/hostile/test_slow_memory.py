@@ -6,9 +6,9 @@ import pytest
 
 from tests.backends.netguest import Guest, frame, mac
 from tests.hostile.pagefaults import PAGE, PageFaults
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.net.device import NetDevice
+from vhostpy.runtime.pool import Workers
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 HELD, LENGTH = 32 << 20, 16 << 20
 STALL_S = 0.01  # longer than what a worker takes for a busy poll

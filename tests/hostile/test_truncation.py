@@ -15,8 +15,8 @@ import threading
 import pytest
 
 from tests.hostile.pages import HUGE, PAGE, UVA, huge_pages, memfd, region, small_pool
-from vhostpy.mapping import poison_fd
-from vhostpy.memory import DirtyLog, GuestMemory
+from vhostpy.memory.guest import DirtyLog, GuestMemory
+from vhostpy.memory.mapping import poison_fd
 
 
 @pytest.fixture(params=["4k", "huge"])
@@ -240,8 +240,8 @@ def test_part_of_a_huge_page_is_mapped_and_its_truncation_contained():
 
 PREFIX = """
 import faulthandler, mmap, os, signal, sys
-from vhostpy.mapping import Mapping
-from vhostpy.memory import GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
+from vhostpy.memory.guest import GuestMemory, RegionInfo
 
 def truncated(size=65536):
     fd = os.memfd_create("x")

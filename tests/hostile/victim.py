@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vhostpy.backends.disk import Disk
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.blk.device import Disk
+from vhostpy.backends.net.device import NetDevice
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.control import Client
+from vhostpy.site.control import Client
 from vhostpy.vswitch.switch import Switch
 
 DISK_SIZE = 4 << 20
@@ -39,10 +39,11 @@ def eventually(condition: Callable[[], Any], what: str = "it", deadline_s: float
 
 def serve(directory: Path, ports: int) -> None:
     """Until SIGTERM: ports good0, good1 and canary, disk gooddisk, and their bad neighbours."""
-    from vhostpy import lines, server
-    from vhostpy.app import App, log_to_stderr, raise_fd_limit
-    from vhostpy.server import Server
-    from vhostpy.worker import Workers
+    from vhostpy.runtime.pool import Workers
+    from vhostpy.server import server
+    from vhostpy.server.server import Server
+    from vhostpy.site.site import App, log_to_stderr, raise_fd_limit
+    from vhostpy.system import lines
 
     # Every session's error is looked for.
     server.REPEATS = server.CAUSES_MAX = lines.BURST = 1 << 30

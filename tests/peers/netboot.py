@@ -9,7 +9,7 @@ from scapy.layers.tftp import TFTP, TFTP_DATA, TFTP_RRQ
 from scapy.packet import Packet, Raw
 
 from vhostpy._spec import Feature
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 SERVER, CLIENT, MASK = "10.0.0.1", "10.0.0.2", "255.255.255.0"
 SERVER_MAC = "52:54:00:00:00:01"

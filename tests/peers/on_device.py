@@ -24,8 +24,8 @@ from tests.backends.guest import (
 )
 from tests.backends.machine import Machine
 from vhostpy._spec import Feature
-from vhostpy.backends._clear import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS
-from vhostpy.backends.disk import CONFIG, CONFIG_FIELDS
+from vhostpy.backends.blk.clear import MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS
+from vhostpy.backends.blk.device import CONFIG, CONFIG_FIELDS
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.uring import UringStorage
 

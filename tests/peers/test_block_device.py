@@ -11,13 +11,13 @@ import pytest
 from tests.faulty import FaultyStorage
 from tests.peers.uml import run_in_uml
 from tests.serving import serving
-from vhostpy.backends._clear import MAX_CLEAR_SEGMENTS
-from vhostpy.backends.disk import Disk
-from vhostpy.backends.storage._storage import Op
+from vhostpy.backends.blk.clear import MAX_CLEAR_SEGMENTS
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.server import Server
-from vhostpy.worker import Workers
+from vhostpy.backends.storage.storage import Op
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 

@@ -15,7 +15,7 @@ from tests.peers.backend import Backend, Footprint, assert_flat
 from tests.peers.guest import Guest, boot
 from tests.peers.qemu import Nic, qemu10
 from vhostpy.load import net, report
-from vhostpy.load._net import Touch
+from vhostpy.load.net_loop import Touch
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(200)]
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from tests.talk import Talk, open_fds, ready
-from vhostpy.worker import Workers
+from vhostpy.runtime.pool import Workers
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,19 @@ import pytest
 
 from tests.hostile.victim import eventually
 from tests.serving import serving
-from vhostpy import account
-from vhostpy.account import Account
-from vhostpy.app import App
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd
-from vhostpy.mapping import Mapping
-from vhostpy.payloads import VringFile
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.protocol import encode
-from vhostpy.server import Server
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.memory.mapping import Mapping
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.codec import encode
+from vhostpy.protocol.payloads import VringFile
+from vhostpy.server.server import Server
+from vhostpy.site.site import App
+from vhostpy.system import account
+from vhostpy.system.account import Account
+from vhostpy.system.fds import OwnedFd
 
 RINGS = 4
 

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vhostpy import control
-from vhostpy.control import LENGTH, ControlError, Decoder, Request, answer, encode
 from vhostpy.errors import ConfigError
+from vhostpy.site import control
+from vhostpy.site.control import LENGTH, ControlError, Decoder, Request, answer, encode
 
 DEADLINE_S = 20
 

@@ -18,22 +18,22 @@ from tests.hostile.pagefaults import PageFaults
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import open_fds
-from vhostpy import dataplane
-from vhostpy import server as server_module
 from vhostpy._spec import Feature
-from vhostpy.backends.disk import WRITEBACK_OFFSET, Disk
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.blk.device import WRITEBACK_OFFSET, Disk
+from vhostpy.backends.net.device import NetDevice
 from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import Refused
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd, Queue
-from vhostpy.layout import first_base
-from vhostpy.memory import DirtyLog
-from vhostpy.payloads import VringFile, VringState
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.protocol import encode
-from vhostpy.server import Server
+from vhostpy.frontend.frontend import FrontEnd, Queue
+from vhostpy.memory.guest import DirtyLog
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.codec import encode
+from vhostpy.protocol.payloads import VringFile, VringState
+from vhostpy.ring.parts import first_base
+from vhostpy.server import plane as dataplane
+from vhostpy.server import server as server_module
+from vhostpy.server.server import Server
+from vhostpy.system.fds import OwnedFd
 from vhostpy.vswitch.switch import Switch
 
 DEADLINE_S = 10

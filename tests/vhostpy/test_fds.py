@@ -13,19 +13,19 @@ from tests.hanging import fuse_file, held, lingering_socket
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import eventfds, open_fds
-from vhostpy import server
-from vhostpy.account import Account
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ProtocolError
-from vhostpy.fds import FDS_MAX, FREED_AT_ONCE_BYTES, OwnedFd, freeing, receive, send
-from vhostpy.frontend import FrontEnd
-from vhostpy.mapping import Mapping
-from vhostpy.payloads import VringFile, VringState
-from vhostpy.protocol import Decoder, encode
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.server import Server
-from vhostpy.worker import Workers
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.memory.mapping import Mapping
+from vhostpy.protocol.codec import Decoder, encode
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import VringFile, VringState
+from vhostpy.runtime.pool import Workers
+from vhostpy.server import server
+from vhostpy.server.server import Server
+from vhostpy.system.account import Account
+from vhostpy.system.fds import FDS_MAX, FREED_AT_ONCE_BYTES, OwnedFd, freeing, receive, send
 
 
 @pytest.fixture

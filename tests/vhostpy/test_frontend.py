@@ -9,16 +9,16 @@ from tests.rings import base_of
 from tests.serving import serving
 from tests.talk import open_fds
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import Refused
-from vhostpy.fds import OwnedFd
-from vhostpy.frontend import FrontEnd
-from vhostpy.memory import DirtyLog
-from vhostpy.payloads import VringState
-from vhostpy.protocol import FrontEndRequest, encode
-from vhostpy.server import Server
-from vhostpy.worker import Workers
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.memory.guest import DirtyLog
+from vhostpy.protocol.codec import FrontEndRequest, encode
+from vhostpy.protocol.payloads import VringState
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
+from vhostpy.system.fds import OwnedFd
 
 SIZE = 1 << 20
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.EVENT_IDX | 1 << Feature.INDIRECT_DESC

@@ -3,10 +3,10 @@
 import pytest
 
 from tests.talk import FEATURES, LOG_ALL, PROTOCOL_FEATURES, REGION, eventfd
-from vhostpy.effects import SetMemory
 from vhostpy.errors import SHARE_ON, ProtocolError
-from vhostpy.payloads import U64, Log, VringState
-from vhostpy.protocol import FrontEndRequest as R
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import U64, Log, VringState
+from vhostpy.session.effects import SetMemory
 
 
 def test_status_says_at_each_step_what_it_waits_for(fresh):

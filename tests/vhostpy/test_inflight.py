@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rings import LAYOUTS, Rings
-from vhostpy._inflight import InflightArea, area_bytes, region_bytes
 from vhostpy.errors import GuestError, ProtocolError
+from vhostpy.ring.inflight import InflightArea, area_bytes, region_bytes
 
 SIZE = 16
 AREA = region_bytes(SIZE)

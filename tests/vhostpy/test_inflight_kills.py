@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from tests.rings import AVAIL, DESC, GPA, LAYOUTS, USED, Rings, sizes_of
-from vhostpy._inflight import InflightArea, region_bytes
+from vhostpy.ring.inflight import InflightArea, region_bytes
 
 SIZE = 16
 AREA = region_bytes(SIZE)

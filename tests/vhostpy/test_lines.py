@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vhostpy.errors import ProtocolError
-from vhostpy.lines import BURST, REFILL_S, Budget, Lines, Talk
+from vhostpy.system.lines import BURST, REFILL_S, Budget, Lines, Talk
 
 EVIL = "x\x1b[2J\x1b]0;owned\x07\r\nvhostpy net: vu1: forged \u202e \x9b31m \udcff"
 HARMLESS = (
@@ -89,7 +89,7 @@ def test_what_was_left_out_is_told_though_nothing_follows():
 
 
 def test_many_made_up_names_are_one_kind(monkeypatch):
-    monkeypatch.setattr("vhostpy.lines.KINDS_MAX", 5)
+    monkeypatch.setattr("vhostpy.system.lines.KINDS_MAX", 5)
     budget = Budget()
     said = [budget.take(record_of("%s: hm", f"name {i}"), 1.0) for i in range(1000)]
     assert sum(said) == 5 + BURST

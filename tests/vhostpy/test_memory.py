@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vhostpy.account import Account
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.mapping import Mapping
-from vhostpy.memory import DirtyLog, GuestMemory, RegionInfo, leaked_generations
+from vhostpy.memory.guest import DirtyLog, GuestMemory, RegionInfo, leaked_generations
+from vhostpy.memory.mapping import Mapping
+from vhostpy.system.account import Account
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LOG_PAGE = 4096  # vhost-user, "Migration"

@@ -11,8 +11,8 @@ import pytest
 
 from tests.hanging import held, lingering_socket
 from tests.rings import Rings, events
-from vhostpy import notify
-from vhostpy.worker import Workers
+from vhostpy.runtime.pool import Workers
+from vhostpy.system import notify
 
 FULL = 2**64 - 2
 DEADLINE_S = 10

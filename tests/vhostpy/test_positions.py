@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from vhostpy.errors import ConfigError
-from vhostpy.positions import Keeper
+from vhostpy.ring.positions import Keeper
 
 FILE = (7, 4711)  # device and inode of some guest's memory
 NAME = "vu0.rings"

@@ -7,7 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.talk import eventfds
-from vhostpy.payloads import (
+from vhostpy.protocol.codec import (
+    BACK_END_TABLE,
+    FLAG_REPLY,
+    FRONT_END_TABLE,
+    REPLIES_TO_BACK_END,
+    REPLIES_TO_FRONT_END,
+    REQUESTS_TO_BACK_END,
+    REQUESTS_TO_FRONT_END,
+    VERSION,
+    BackEndRequest,
+    Decoder,
+    Direction,
+    FrontEndRequest,
+    Header,
+    encode,
+)
+from vhostpy.protocol.payloads import (
     U64,
     Config,
     DeviceState,
@@ -27,22 +43,6 @@ from vhostpy.payloads import (
     VringArea,
     VringFile,
     VringState,
-)
-from vhostpy.protocol import (
-    BACK_END_TABLE,
-    FLAG_REPLY,
-    FRONT_END_TABLE,
-    REPLIES_TO_BACK_END,
-    REPLIES_TO_FRONT_END,
-    REQUESTS_TO_BACK_END,
-    REQUESTS_TO_FRONT_END,
-    VERSION,
-    BackEndRequest,
-    Decoder,
-    Direction,
-    FrontEndRequest,
-    Header,
-    encode,
 )
 
 R, B = FrontEndRequest, BackEndRequest

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from tests.talk import eventfds
 from vhostpy.errors import ProtocolError
-from vhostpy.payloads import U64, MemoryRegion, MemoryTable, SingleRegion, VringFile, VringState
-from vhostpy.protocol import (
+from vhostpy.protocol.codec import (
     FLAG_NEED_REPLY,
     FLAG_REPLY,
     REPLIES_TO_FRONT_END,
@@ -16,6 +15,14 @@ from vhostpy.protocol import (
     FrontEndRequest,
     Header,
     encode,
+)
+from vhostpy.protocol.payloads import (
+    U64,
+    MemoryRegion,
+    MemoryTable,
+    SingleRegion,
+    VringFile,
+    VringState,
 )
 
 R = FrontEndRequest

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from tests.serving import serving
 from vhostpy._spec import Feature, Limit, ProtocolFeature
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.net.device import NetDevice
 from vhostpy.errors import ProtocolError
-from vhostpy.frontend import FrontEnd
-from vhostpy.mapping import Mapping
-from vhostpy.memory import GuestMemory, RegionInfo
-from vhostpy.payloads import MemoryRegion
-from vhostpy.regions import Spans
-from vhostpy.server import Connection, Server
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.memory.guest import GuestMemory, RegionInfo
+from vhostpy.memory.mapping import Mapping
+from vhostpy.protocol.payloads import MemoryRegion
+from vhostpy.server.server import Connection, Server
+from vhostpy.session.regions import Spans
 from vhostpy.vswitch.switch import Switch
 
 PAGE = 4096

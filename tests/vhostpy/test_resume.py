@@ -10,14 +10,14 @@ from tests.hostile.victim import eventually
 from tests.rings import AVAIL, DESC, Rings, exchange
 from tests.serving import serving
 from tests.talk import open_fds
-from vhostpy._resume import reconcile
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import GuestError
-from vhostpy.frontend import FrontEnd
-from vhostpy.positions import Keeper
-from vhostpy.server import Server
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.ring.positions import Keeper
+from vhostpy.ring.resume import reconcile
+from vhostpy.server.server import Server
 
 SIZE = 64
 

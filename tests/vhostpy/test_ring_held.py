@@ -17,8 +17,8 @@ from tests.rings import (
     guest_memory,
 )
 from vhostpy._ring import ChainFault, DriverVirtqueue, Virtqueue
-from vhostpy.layout import sizes_of
-from vhostpy.memory import GuestMemory
+from vhostpy.memory.guest import GuestMemory
+from vhostpy.ring.parts import sizes_of
 
 USED_BEFORE = [0, 1, 63, 64, 127, 32767, 65530, 65535]  # descriptors, before a test starts
 

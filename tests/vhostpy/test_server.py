@@ -13,12 +13,13 @@ from tests.hostile.attacker import Attacker
 from tests.hostile.victim import eventually
 from tests.serving import serving
 from tests.talk import open_fds
-from vhostpy import errors, server
-from vhostpy.backends.disk import Disk
+from vhostpy import errors
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.frontend import FrontEnd
-from vhostpy.protocol import FrontEndRequest, encode
-from vhostpy.server import Server
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import FrontEndRequest, encode
+from vhostpy.server import server
+from vhostpy.server.server import Server
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from tests.talk import (
     ring_address,
 )
 from vhostpy._spec import ProtocolFeature
-from vhostpy.effects import SetLog, SetMemory, SetMtu
 from vhostpy.errors import GuestError, ProtocolError, Refused, VhostpyError
-from vhostpy.payloads import (
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import (
     U64,
     Config,
     DeviceState,
@@ -39,7 +39,7 @@ from vhostpy.payloads import (
     VringFile,
     VringState,
 )
-from vhostpy.protocol import FrontEndRequest as R
+from vhostpy.session.effects import SetLog, SetMemory, SetMtu
 
 SETTERS = [
     (R.SET_FEATURES, U64(FEATURES), 0),

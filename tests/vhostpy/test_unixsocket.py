@@ -9,11 +9,11 @@ import stat
 import pytest
 
 from tests.serving import serving
-from vhostpy import server
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError
-from vhostpy.unixsocket import remove_if
+from vhostpy.server import server
+from vhostpy.system.unixsocket import remove_if
 
 
 def some_group():

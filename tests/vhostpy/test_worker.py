@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from vhostpy._pollable import Probe
 from vhostpy.errors import ConfigError, ProtocolError
-from vhostpy.worker import Workers
+from vhostpy.runtime.pollable import Probe
+from vhostpy.runtime.pool import Workers
 
 DEADLINE_S = 10
 
@@ -533,8 +533,8 @@ def test_start_and_stop_leave_no_thread_and_no_fd():
 
 def test_a_process_ends_though_nobody_stopped_its_workers():
     program = (
-        "from vhostpy._pollable import Probe\n"
-        "from vhostpy.worker import Workers\n"
+        "from vhostpy.runtime.pollable import Probe\n"
+        "from vhostpy.runtime.pool import Workers\n"
         "workers = Workers(2, poll='busy'); workers.start(); workers.add(Probe())\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=DEADLINE_S)

@@ -1,9 +1,9 @@
 """A switch with guests on it, whose turns are taken by hand."""
 
 from tests.backends.netguest import Guest, mac
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.net.device import NetDevice
+from vhostpy.runtime.pool import Workers
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 STRANGER = mac(999)
 MULTICAST = b"\x33\x33\x00\x00\x00\x01"

@@ -16,10 +16,10 @@ from tests.hostile.victim import eventually
 from tests.rings import LAYOUTS
 from tests.serving import serving
 from tests.vswitch.traffic import Ledger, Station, mac_of
-from vhostpy.backends.netdevice import NetDevice
-from vhostpy.server import Server
+from vhostpy.backends.net.device import NetDevice
+from vhostpy.runtime.pool import Workers
+from vhostpy.server.server import Server
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 PAIRS = 2
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.backends.netguest import BROADCAST, IN_ORDER, MODERN, PACKED, Guest, frame, mac
 from tests.vswitch.net import MULTICAST, PATIENT_US, STRANGER, net
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.net.device import NetDevice
 from vhostpy.errors import ConfigError
+from vhostpy.runtime.pool import Workers
 from vhostpy.vswitch.switch import Switch
-from vhostpy.worker import Workers
 
 # Attaching, detaching, announcing -------------------------------------------------------------
 

@@ -21,9 +21,9 @@ from tests.backends.netguest import (
 from tests.rings import base_of
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature
-from vhostpy.frontend import FrontEnd
-from vhostpy.payloads import MemoryRegion, MemoryTable
-from vhostpy.protocol import FrontEndRequest
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import FrontEndRequest
+from vhostpy.protocol.payloads import MemoryRegion, MemoryTable
 
 RING_PACKED = 1 << Feature.RING_PACKED
 EVERYTHING = (1 << 24) - 1

@@ -11,7 +11,7 @@ from importlib import import_module
 
 from vhostpy.cli import output
 from vhostpy.errors import VhostpyError
-from vhostpy.lines import printable
+from vhostpy.system.lines import printable
 
 VERBS = {
     "net": "a learning switch; each vhost-user socket is a port",

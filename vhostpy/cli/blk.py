@@ -20,7 +20,7 @@ from vhostpy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from vhostpy.app import App
+    from vhostpy.site.site import App
 
 # QEMU refuses a disk with fewer queues than its guest has processors.
 QUEUES, QUEUES_MAX = 128, 256
@@ -114,11 +114,11 @@ def _parser(program: str) -> Parser:
 
 
 def _build(options: argparse.Namespace) -> "App":
-    from vhostpy.app import App
-    from vhostpy.backends.disk import Disk
-    from vhostpy.backends.limits import Settings
-    from vhostpy.server import Server
-    from vhostpy.worker import Workers
+    from vhostpy.backends.blk.device import Disk
+    from vhostpy.runtime.limits import Settings
+    from vhostpy.runtime.pool import Workers
+    from vhostpy.server.server import Server
+    from vhostpy.site.site import App
 
     storage = _open_storage(options)
     workers = Workers(options.workers, poll=options.poll, cpus=options.cpus)

@@ -193,8 +193,8 @@ def _check_flags(parser: Parser, options: argparse.Namespace, kind: str) -> None
 
 
 def _net_plan(parser: Parser, options: argparse.Namespace) -> Any:
-    from vhostpy.load._net import Touch
     from vhostpy.load.net import IMIX, NetPlan
+    from vhostpy.load.net_loop import Touch
 
     unkind = DEFAULT_UNKIND if options.unkind is None else options.unkind
     touch, ids, rx_headers = UNKIND[unkind]

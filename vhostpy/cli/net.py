@@ -17,7 +17,7 @@ from vhostpy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from vhostpy.app import App
+    from vhostpy.site.site import App
 
 # The default number of queue pairs that a guest is shown, and the most it can be.
 PAIRS, PAIRS_MAX = 4, 128
@@ -70,11 +70,11 @@ def _parser(program: str) -> Parser:
 
 
 def _build(options: argparse.Namespace) -> "App":
-    from vhostpy.app import App
-    from vhostpy.backends.netdevice import NetDevice
-    from vhostpy.server import Server
+    from vhostpy.backends.net.device import NetDevice
+    from vhostpy.runtime.pool import Workers
+    from vhostpy.server.server import Server
+    from vhostpy.site.site import App
     from vhostpy.vswitch.switch import Switch
-    from vhostpy.worker import Workers
 
     workers = Workers(options.workers, poll=options.poll, cpus=options.cpus)
     switch = Switch(workers, fdb_limit=options.fdb_limit, full_wait_us=options.full_wait)

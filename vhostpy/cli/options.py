@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from vhostpy.cli import output
 from vhostpy.errors import ConfigError
-from vhostpy.fds import SOCKET_PATH_MAX
-from vhostpy.lines import printable
+from vhostpy.system.fds import SOCKET_PATH_MAX
+from vhostpy.system.lines import printable
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 TIME_UNITS_US = {"us": 1, "ms": 1_000, "s": 1_000_000}

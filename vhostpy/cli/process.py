@@ -5,9 +5,9 @@ import asyncio
 import json
 from collections.abc import Callable
 
-from vhostpy import app
 from vhostpy.cli import output
 from vhostpy.errors import ConfigError
+from vhostpy.site import site as app
 
 
 def serve(

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from vhostpy import control
 from vhostpy.cli.options import Parser, add_target_flags
 from vhostpy.cli.target import LIST_TIMEOUT_S, ask, cell, duration, percent, print_json, show, table
 from vhostpy.errors import VhostpyError
+from vhostpy.site import control
 
 EXAMPLE = """
 what runs; then one process, socket by socket

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vhostpy import control
 from vhostpy.cli import output
 from vhostpy.errors import ConfigError, VhostpyError
-from vhostpy.lines import printable
+from vhostpy.site import control
+from vhostpy.system.lines import printable
 
 if TYPE_CHECKING:
     from rich.table import Table

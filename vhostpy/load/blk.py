@@ -1,6 +1,6 @@
 """I/O on any vhost-user-blk back-end: handshake, memory, phases, figures.
 
-The loop itself is `_blk`; this is what happens before, around and after it.
+The loop itself is `blk_loop`; this is what happens before, around and after it.
 """
 
 from contextlib import ExitStack
@@ -11,9 +11,9 @@ from typing import Any
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import ConfigError, ProtocolError
-from vhostpy.frontend import FrontEnd, Queue
+from vhostpy.frontend.frontend import FrontEnd, Queue
 from vhostpy.load import report
-from vhostpy.load._blk import (
+from vhostpy.load.blk_loop import (
     BLOCKS_MAX,
     CONTROL_BYTES,
     VERIFY_BLOCKS_MAX,

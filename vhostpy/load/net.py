@@ -1,6 +1,6 @@
 """Packets through any vhost-user-net back-end: handshake, memory, phases, figures.
 
-The loop itself is `_net`; this is what happens before, around and after it.
+The loop itself is `net_loop`; this is what happens before, around and after it.
 """
 
 import time
@@ -12,9 +12,9 @@ from typing import Any
 from vhostpy._ring import DriverVirtqueue
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import ConfigError
-from vhostpy.frontend import FrontEnd, Queue
+from vhostpy.frontend.frontend import FrontEnd, Queue
 from vhostpy.load import report
-from vhostpy.load._net import FRAME_MAX, FRAME_MIN, NetGenerator, Phase, Touch
+from vhostpy.load.net_loop import FRAME_MAX, FRAME_MIN, NetGenerator, Phase, Touch
 from vhostpy.load.runner import Runner, Sample, seconds_between, shares
 from vhostpy.load.target import asked, connect, handshake, memory_layout, want_offered
 
@@ -176,7 +176,7 @@ def _wanted(plan: NetPlan) -> int:
 
 
 def _want_queues(plan: NetPlan, front_end: FrontEnd, path: str) -> None:
-    from vhostpy.protocol import FrontEndRequest
+    from vhostpy.protocol.codec import FrontEndRequest
 
     most = 1
     if front_end.negotiated(ProtocolFeature.MQ):

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vhostpy.errors import LEAVE_NON_BLOCKING, ProtocolError, VhostpyError
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.load.report import Progress
 from vhostpy.load.target import hung_up
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 HUGE_PAGE = 2 << 20
 GUEST_BASE = 0x4000_0000  # where the generator's memory begins, as a guest sees it

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.vhostpy.cli.commands import DEADLINE_S, Running, assert_told, command, run
-from vhostpy.frontend import FrontEnd
+from vhostpy.frontend.frontend import FrontEnd
 
 
 def test_packets_are_sent_between_two_ports(place):

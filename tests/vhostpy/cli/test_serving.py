@@ -24,15 +24,15 @@ from tests.vhostpy.cli.commands import (
     status_of,
 )
 from vhostpy._spec import ProtocolFeature
-from vhostpy.frontend import FrontEnd
-from vhostpy.payloads import MemoryRegion, MemoryTable
-from vhostpy.protocol import (
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import (
     REQUESTS_TO_FRONT_END,
     BackEndRequest,
     Decoder,
     FrontEndRequest,
     encode,
 )
+from vhostpy.protocol.payloads import MemoryRegion, MemoryTable
 
 
 def test_status_says_where_each_handshake_stands(place):
@@ -248,7 +248,7 @@ def test_the_fd_limit_is_raised(place):
 def test_the_tables_libraries_are_not_loaded_to_serve(place):
     # The whole way to listening, and down again at once.
     code = (
-        "import os, signal, sys; from vhostpy import app, cli;"
+        "import os, signal, sys; from vhostpy import cli; from vhostpy.site import site as app;"
         "app.App._advise = lambda self: self.stop();"
         "assert cli.main(sys.argv[1:]) == 0; print(*sys.modules)"
     )
@@ -258,7 +258,7 @@ def test_the_tables_libraries_are_not_loaded_to_serve(place):
         )
         assert loaded.returncode == 0, loaded.stderr
         modules = set(loaded.stdout.split())
-        assert "vhostpy.server" in modules
+        assert "vhostpy.server.server" in modules
         assert not {"rich", "pyroute2", "scapy", "importlib.metadata"} & modules
 
 

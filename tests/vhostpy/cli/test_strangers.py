@@ -6,12 +6,12 @@ import socket
 import threading
 
 from tests.vhostpy.cli.commands import Running, run
-from vhostpy import control
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.frontend import FrontEnd
-from vhostpy.lines import BURST
-from vhostpy.payloads import VringState
-from vhostpy.protocol import FrontEndRequest
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import FrontEndRequest
+from vhostpy.protocol.payloads import VringState
+from vhostpy.site import control
+from vhostpy.system.lines import BURST
 
 EVIL = "x\x1b[2J\x1b]0;owned\x07\nvhostpy net: vu1: forged"
 

@@ -3,7 +3,10 @@
 import pytest
 
 from tests.talk import FAR_REGION, FEATURES, REGION
-from vhostpy.effects import (
+from vhostpy.errors import ProtocolError
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import U64, Config, Empty, VringState
+from vhostpy.session.effects import (
     ResetDevice,
     SendRarp,
     SetMtu,
@@ -12,10 +15,7 @@ from vhostpy.effects import (
     StopRing,
     WriteConfig,
 )
-from vhostpy.errors import ProtocolError
-from vhostpy.payloads import U64, Config, Empty, VringState
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.ringstate import RingState
+from vhostpy.session.ring import RingState
 
 
 def test_config_is_padded_to_what_was_asked(talk):

@@ -15,7 +15,18 @@ from tests.talk import (
     ready,
 )
 from vhostpy._spec import ProtocolFeature
-from vhostpy.effects import (
+from vhostpy.errors import ProtocolError, Refused
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import (
+    U64,
+    Empty,
+    Inflight,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    SingleRegion,
+)
+from vhostpy.session.effects import (
     AddRegion,
     MakeInflight,
     RemoveRegion,
@@ -25,9 +36,6 @@ from vhostpy.effects import (
     StartRing,
     StopRing,
 )
-from vhostpy.errors import ProtocolError, Refused
-from vhostpy.payloads import U64, Empty, Inflight, Log, MemoryRegion, MemoryTable, SingleRegion
-from vhostpy.protocol import FrontEndRequest as R
 
 
 def test_memory_is_replaced_while_a_ring_runs(talk):

@@ -4,10 +4,10 @@ import pytest
 
 from tests.talk import FEATURES, LOG_ALL, PACKED, PLAIN, PROTOCOL_FEATURES, FakeDevice, eventfd
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.effects import EnableRing, SetBackendChannel, SetFeatures
 from vhostpy.errors import Refused
-from vhostpy.payloads import U64, VringState
-from vhostpy.protocol import FrontEndRequest as R
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import U64, VringState
+from vhostpy.session.effects import EnableRing, SetBackendChannel, SetFeatures
 
 
 def test_offer_is_the_devices_and_what_the_core_serves(fresh):

@@ -18,7 +18,10 @@ from tests.talk import (
     open_fds,
     ring_address,
 )
-from vhostpy.effects import (
+from vhostpy.errors import ProtocolError
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.payloads import U64, VringFile, VringState
+from vhostpy.session.effects import (
     EnableRing,
     SetRingAddresses,
     SetRingBase,
@@ -28,10 +31,7 @@ from vhostpy.effects import (
     StartRing,
     StopRing,
 )
-from vhostpy.errors import ProtocolError
-from vhostpy.payloads import U64, VringFile, VringState
-from vhostpy.protocol import FrontEndRequest as R
-from vhostpy.ringstate import RingState
+from vhostpy.session.ring import RingState
 
 STEPS = {
     "features": lambda t: t.say(R.SET_FEATURES, U64(FEATURES)),

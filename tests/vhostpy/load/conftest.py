@@ -5,10 +5,10 @@ import gc
 import pytest
 
 from tests.serving import serving
-from vhostpy.backends.disk import Disk
-from vhostpy.backends.netdevice import NetDevice
+from vhostpy.backends.blk.device import Disk
+from vhostpy.backends.net.device import NetDevice
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.server import Server
+from vhostpy.server.server import Server
 from vhostpy.vswitch.switch import Switch
 
 MIB = 1 << 20

@@ -4,9 +4,9 @@ import socket
 import threading
 
 from vhostpy._spec import Feature, ProtocolFeature
-from vhostpy.fds import OwnedFd
-from vhostpy.payloads import U64, Config
-from vhostpy.protocol import Decoder, FrontEndRequest, encode_reply
+from vhostpy.protocol.codec import Decoder, FrontEndRequest, encode_reply
+from vhostpy.protocol.payloads import U64, Config
+from vhostpy.system.fds import OwnedFd
 
 R = FrontEndRequest
 SECTORS = 2048

@@ -4,12 +4,12 @@ import pytest
 
 from tests.serving import serving
 from tests.vhostpy.load.short import request
-from vhostpy.backends.disk import Disk
+from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError
 from vhostpy.load import blk, report
-from vhostpy.server import Server
+from vhostpy.server.server import Server
 
 LAYOUTS = ("split", "packed")
 MIB = 1 << 20

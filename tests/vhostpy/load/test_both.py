@@ -11,7 +11,7 @@ from tests.vhostpy.load.short import request, send
 from vhostpy._spec import ProtocolFeature
 from vhostpy.errors import ConfigError
 from vhostpy.load import blk, net, report
-from vhostpy.load._net import binned, mac
+from vhostpy.load.net_loop import binned, mac
 from vhostpy.load.target import kind_of
 
 

@@ -10,10 +10,10 @@ from tests.vhostpy.cli.commands import assert_told, run
 from tests.vhostpy.load.liar import Liar, R, config
 from tests.vhostpy.load.short import request
 from vhostpy.errors import ConfigError, ProtocolError, VhostpyError
-from vhostpy.fds import OwnedFd, send
-from vhostpy.frontend import FrontEnd
-from vhostpy.payloads import U64, Inflight
-from vhostpy.protocol import encode_reply
+from vhostpy.frontend.frontend import FrontEnd
+from vhostpy.protocol.codec import encode_reply
+from vhostpy.protocol.payloads import U64, Inflight
+from vhostpy.system.fds import OwnedFd, send
 
 EVENTFD_FULL = 2**64 - 2
 
@@ -110,7 +110,7 @@ def test_a_call_that_it_takes_back_is_not_waited_for(tmp_path, monkeypatch):
         end.get_features()
         assert calls and os.get_blocking(queue.call.fileno())
         # It was there when we looked, and is gone when we take it.
-        monkeypatch.setattr("vhostpy.frontend.select.select", lambda *_: ([1], [], []))
+        monkeypatch.setattr("vhostpy.frontend.frontend.select.select", lambda *_: ([1], [], []))
         assert not queue.wait(0.1)
 
 

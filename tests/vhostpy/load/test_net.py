@@ -12,9 +12,9 @@ from tests.vhostpy.load.short import send
 from vhostpy._spec import Feature
 from vhostpy.errors import ConfigError, ProtocolError
 from vhostpy.load import net, report
-from vhostpy.load._net import FRAME_MAX, Touch, mac
-from vhostpy.load._null import NullNet
-from vhostpy.server import Server
+from vhostpy.load.net_loop import FRAME_MAX, Touch, mac
+from vhostpy.load.null import NullNet
+from vhostpy.server.server import Server
 
 LAYOUTS = ("split", "packed")
 

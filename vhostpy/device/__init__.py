@@ -1,0 +1,1 @@
+"""What a type of device says to the core."""

@@ -1,0 +1,1 @@
+"""The other end: what QEMU does, for `load` and the tests."""

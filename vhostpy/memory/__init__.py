@@ -1,0 +1,1 @@
+"""Guest memory: mappings, generations, translation, dirty log."""

@@ -1,0 +1,1 @@
+"""vhost-user on the wire: bytes and types, no state, no I/O."""

@@ -1,0 +1,1 @@
+"""What a virtqueue is made of, for both its ends."""

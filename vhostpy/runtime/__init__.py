@@ -1,0 +1,1 @@
+"""Workers: threads that poll, and what they poll."""

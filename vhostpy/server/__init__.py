@@ -1,0 +1,1 @@
+"""Sockets and what is done for their sessions."""

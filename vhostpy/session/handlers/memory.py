@@ -1,0 +1,163 @@
+"""Memory regions, the dirty log, and memory for requests under way."""
+
+from vhostpy._spec import Limit, ProtocolFeature
+from vhostpy.errors import SHARE_ON, ProtocolError, Refused
+from vhostpy.protocol.codec import Message
+from vhostpy.protocol.names import listed
+from vhostpy.protocol.payloads import U64, Inflight, Log, MemoryRegion
+from vhostpy.ring.inflight import area_bytes
+from vhostpy.session.effects import (
+    AddRegion,
+    Effect,
+    MakeInflight,
+    RemoveRegion,
+    Reply,
+    SetInflight,
+    SetLog,
+    SetMemory,
+)
+from vhostpy.session.regions import FILE_END, check_regions
+from vhostpy.session.ring import RingEvent, StopReason
+from vhostpy.session.state import SessionState
+
+
+def get_max_mem_slots(session: SessionState, message: Message) -> list[Effect]:
+    return [Reply.pack(message.request, U64(int(Limit.MEM_SLOTS_MAX)))]
+
+
+def set_mem_table(session: SessionState, message: Message) -> list[Effect]:
+    regions = message.payload.regions
+    if not regions:
+        raise ProtocolError("SET_MEM_TABLE: no memory regions", SHARE_ON)
+    check_regions(message.name, regions)
+    fds = tuple(fd.move() for fd in message.fds)
+    _forget_places(session)
+    return _replace_memory(session, list(regions), SetMemory(regions, fds))
+
+
+def add_mem_reg(session: SessionState, message: Message) -> list[Effect]:
+    region = message.payload.region
+    if _find_region(session, region) is not None:
+        # QEMU before 8.0 adds, and removes, each region once for every queue pair.
+        return []
+    regions = [*session.regions, region]
+    if len(regions) > Limit.MEM_SLOTS_MAX:
+        raise ProtocolError(
+            f"ADD_MEM_REG: {len(regions)} regions, at most {int(Limit.MEM_SLOTS_MAX)}"
+        )
+    check_regions(message.name, regions, known=len(session.regions))
+    added = AddRegion(region, message.fds[0].move())
+    return _replace_memory(session, regions, added, shrinks=False)
+
+
+def rem_mem_reg(session: SessionState, message: Message) -> list[Effect]:
+    index = _find_region(session, message.payload.region)
+    if index is None:
+        return []  # the pair before has removed it
+    region = session.regions[index]
+    rest = session.regions[:index] + session.regions[index + 1 :]
+    _forget_places(session, region)
+    return _replace_memory(session, rest, RemoveRegion(region), grows=False)
+
+
+def _find_region(session: SessionState, wanted: MemoryRegion) -> int | None:
+    """Which of the regions it is. "The mmap offset is ignored.\""""
+    for i, region in enumerate(session.regions):
+        if region.gpa == wanted.gpa and (region.size, region.uva) == (wanted.size, wanted.uva):
+            return i
+    return None
+
+
+def _forget_places(session: SessionState, gone: MemoryRegion | None = None) -> None:
+    """Rings that were stopped lie nowhere, once the memory that they ran in (all of it, or
+    `gone`) is replaced: another guest's may be at the same addresses.
+
+    Such a ring waits for SET_VRING_ADDR. One that never ran keeps addresses that were sent
+    before the memory; one whose memory was taken away while it ran goes on where it was.
+    """
+    for ring in session.rings:
+        if not ring.spent:
+            continue
+        parts = ring.parts(bool(session.packed))
+        if gone is None or any(gone.uva <= p.uva < gone.uva + gone.size for p in parts):
+            ring.forget_place()
+
+
+def _replace_memory(
+    session: SessionState,
+    regions: list[MemoryRegion],
+    effect: Effect,
+    *,
+    grows: bool = True,
+    shrinks: bool = True,
+) -> list[Effect]:
+    """Rings that would lie in no region stop before and start again when they do."""
+    session.regions = regions
+    effects: list[Effect] = []
+    if shrinks:
+        for ring in session.rings:
+            if ring.started and not session.is_mapped(ring):
+                effects += session.advance(ring, RingEvent.UNMAPPED, StopReason.UNMAPPED)
+    return [*effects, effect, *(session.settle_all() if grows else ())]
+
+
+# Dirty log -----------------------------------------------------------------------------
+
+
+def set_log_base(session: SessionState, message: Message) -> list[Effect]:
+    where = message.payload
+    if not session.protocol(ProtocolFeature.LOG_SHMFD):
+        raise Refused("SET_LOG_BASE: a log without a file needs LOG_SHMFD to be negotiated")
+    if not isinstance(where, Log) or len(message.fds) != 1:
+        raise ProtocolError(
+            f"SET_LOG_BASE: {len(message.fds)} fds and {where!r}, expected one and a Log"
+        )
+    if where.size == 0 or where.offset + where.size > FILE_END:
+        raise ProtocolError(
+            f"SET_LOG_BASE: {where.size:#x} bytes at offset {where.offset:#x} are no log"
+        )
+    session.logging = True
+    return [SetLog(message.fds[0].move(), where.offset, where.size), *session.settle_all()]
+
+
+# Requests under way --------------------------------------------------------------------
+
+
+def _check_inflight(session: SessionState, message: Message) -> Inflight:
+    asked: Inflight = message.payload
+    if not 1 <= asked.num_queues <= len(session.rings):
+        raise ProtocolError(
+            f"{message.name}: {asked.num_queues} queues, the device has {len(session.rings)}"
+        )
+    if not 1 <= asked.queue_size <= Limit.QUEUE_SIZE_MAX:
+        raise ProtocolError(
+            f"{message.name}: queues of {asked.queue_size}, expected 1 to "
+            f"{int(Limit.QUEUE_SIZE_MAX)}"
+        )
+    return asked
+
+
+def get_inflight_fd(session: SessionState, message: Message) -> list[Effect]:
+    asked = _check_inflight(session, message)
+    size = area_bytes(asked.num_queues, asked.queue_size)
+    return [MakeInflight(size, asked.num_queues, asked.queue_size)]
+
+
+def set_inflight_fd(session: SessionState, message: Message) -> list[Effect]:
+    area = _check_inflight(session, message)
+    if not area.mmap_size or area.mmap_offset + area.mmap_size > FILE_END:
+        raise ProtocolError(
+            f"{message.name}: {area.mmap_size:#x} bytes at offset {area.mmap_offset:#x}"
+        )
+    running = [ring.index for ring in session.rings if ring.started]
+    if running:
+        raise Refused(f"{message.name}: rings {listed(running)} run")
+    return [
+        SetInflight(
+            message.fds[0].move(),
+            area.mmap_offset,
+            area.mmap_size,
+            area.num_queues,
+            area.queue_size,
+        )
+    ]

@@ -1,0 +1,1 @@
+"""What one process runs, and how it is asked and told."""

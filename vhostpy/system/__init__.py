@@ -1,0 +1,1 @@
+"""What every room stands on: the C library, fds, signals, threads, lines for people."""
