@@ -31,9 +31,9 @@ if DEBUG:
 # Modules that stand on a library which not everybody has: header, and how to link. Left out
 # where the header is missing. liburing's static one, so that what is built runs without it.
 OPTIONAL = {
-    "_uring_setup.pyx": ("liburing.h", "-l:liburing.a"),
+    "uring_setup.pyx": ("liburing.h", "-l:liburing.a"),
     "uring.pyx": ("liburing.h", "-l:liburing.a"),
-    "_link.pyx": ("libnbd.h", "-lnbd"),
+    "nbd_connection.pyx": ("libnbd.h", "-lnbd"),
     "nbd.pyx": ("libnbd.h", "-lnbd"),
     "rbd.pyx": ("rbd/librbd.h", "-lrbd", "-lrados"),
 }

@@ -11,7 +11,8 @@ from posix cimport unistd
 
 from vhostpy.system.hw cimport (
     aligned_alloc, cpu_pause, fence_full, load_acquire_u32, load_acquire_u64, read_once_u64,
-    store_release_u32, store_release_u64, ticks, ticks_after_loads, ticks_per_us, write_once_u64,
+    store_release_u32, store_release_u64, ticks, ticks_after_loads, ticks_per_us,
+    write_once_u64,
 )
 
 import os

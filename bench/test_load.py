@@ -8,10 +8,10 @@ import pytest
 from bench.peers.devices import DEVICE_CORE
 from bench.peers.generators import GENERATOR_CORE
 from bench.rates import measure, needs_two_cores, rated
+from tests.null_net import NullNet
 from tests.serving import serving
 from vhostpy.load import net
 from vhostpy.load.net_loop import Touch
-from vhostpy.load.null import NullNet
 from vhostpy.runtime.pool import Workers
 from vhostpy.server.server import Server
 

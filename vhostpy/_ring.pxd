@@ -15,7 +15,7 @@ from vhostpy.ring.state cimport Ring, UsedEntry
 from vhostpy.ring.inflight cimport InflightQueue
 from vhostpy.ring.tracker cimport Tracker
 from vhostpy.memory.guest cimport DirtyLog, GuestMemory, Segment
-from vhostpy.ring.positions cimport Place
+from vhostpy.ring.positions cimport KeptPosition
 
 
 @cython.final
@@ -28,7 +28,7 @@ cdef class Virtqueue:
     cdef tuple uvas                                    # of descriptors, avail, used
     cdef readonly InflightQueue inflight_queue         # what remembers chains, or None
     cdef Tracker *tracker                              # its, or NULL
-    cdef readonly Place place                          # where its position is kept, or None
+    cdef readonly KeptPosition kept                    # where its position is kept, or None
 
     # Workers' side. --------------------------------------------------------------
     cdef bint is_live(self) noexcept nogil

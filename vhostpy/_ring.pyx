@@ -38,14 +38,15 @@ from vhostpy.ring.split cimport (
 
 from typing import NamedTuple
 
-from vhostpy.ring import chain, driver
+from vhostpy.ring import chain as _chain, driver as _driver
 from vhostpy.errors import GuestError, ProtocolError
-from vhostpy.ring.parts import (alignments_of, check_base, check_size, first_base, part_names,
-                            sizes_of)
+from vhostpy.ring.parts import (
+    alignments_of, check_base, check_size, first_base, part_names, sizes_of,
+)
 from vhostpy.system.notify import is_unix_socket
 
 # Python's names for what the .pxd takes from there (`import` can't say it: they are types).
-globals().update(ChainFault=chain.ChainFault, DriverVirtqueue=driver.DriverVirtqueue)
+globals().update(ChainFault=_chain.ChainFault, DriverVirtqueue=_driver.DriverVirtqueue)
 
 
 class Taken(NamedTuple):
@@ -376,7 +377,7 @@ cdef class Virtqueue:
             self.ring.worker.broken = 0
 
     def set_addresses(self, *, desc_uva: int, avail_uva: int, used_uva: int) -> None:
-        """A new place for the ring's three parts; indexes go on."""
+        """New addresses of the ring's three parts; indexes go on."""
         self._want_held()
         self._place(self.memory, (desc_uva, avail_uva, used_uva))
 
@@ -411,14 +412,14 @@ cdef class Virtqueue:
         queue.start(self.ring)
         self.tracker = &queue.tracker
 
-    def keep(self, Place place) -> None:
+    def keep(self, KeptPosition position) -> None:
         """Stores where it stands there, from now on and at each publish; None: nowhere."""
         self._want_held()
-        self.place = place
+        self.kept = position
         self.ring.worker.kept = NULL
-        if place is not None:
-            place.start(self.ring.worker.used_idx)
-            self.ring.worker.kept = &place.entry.pair
+        if position is not None:
+            position.start(self.ring.worker.used_idx)
+            self.ring.worker.kept = &position.entry.pair
 
     @property
     def again(self) -> int:

@@ -20,8 +20,10 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from vhostpy.system.hw cimport (aligned_alloc, read_once_u32, read_once_u64, spin_lock, spin_unlock,
-                          store_release_u64, write_once_u32)
+from vhostpy.system.hw cimport (
+    aligned_alloc, read_once_u32, read_once_u64, spin_lock, spin_unlock, store_release_u64,
+    write_once_u32,
+)
 
 from vhostpy.errors import ConfigError
 

@@ -18,8 +18,10 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from vhostpy.ring.chain cimport scratch_free, scratch_make
-from vhostpy.system.hw cimport (aligned_alloc, likely, load_acquire_ptr, load_acquire_u64,
-                          read_once_u64, ticks, unlikely, write_once_u32, write_once_u64)
+from vhostpy.system.hw cimport (
+    aligned_alloc, likely, load_acquire_ptr, load_acquire_u64, read_once_u64, ticks, unlikely,
+    write_once_u32, write_once_u64,
+)
 from vhostpy.vswitch.port cimport DROPS, Drop, Frame, Port
 from vhostpy._ring cimport BURST
 from vhostpy.vswitch.masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
@@ -86,7 +88,7 @@ cdef class Forwarder(Pollable):
             limit = max(<int>CAREFUL_BURST, 64 - leading_zeros(self.flooding | 1))
         count = self.port.receive(self.queue, self.burst, limit, turn.scratch)
         if unlikely(count < 0 and not self.told):
-            self.ports.workers.attention()
+            self.ports.workers.sound_bell()
         self.told = count < 0
         if count <= 0:
             if turn.now - self.received_at >= self.pause_ticks:

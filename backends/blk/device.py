@@ -320,13 +320,13 @@ class Disk:
 
     # Looks at it -----------------------------------------------------------------------
 
-    def attend(self) -> None:
-        """A worker wanted attention: says the first I/O error and the first fault, once."""
+    def on_bell(self) -> None:
+        """The bell was sounded: says the first I/O error and the first fault, once."""
         for ring in list(self._rings.values()):
             self._tell(ring.queue)
 
     def status(self) -> dict[str, Any]:
-        self.attend()
+        self.on_bell()
         self._bury()
         queues = []
         for index in sorted(self._past.keys() | self._rings.keys()):

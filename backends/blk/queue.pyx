@@ -32,7 +32,7 @@ from vhostpy.backends.storage.storage cimport Op
 import os
 
 from vhostpy._ring import ChainFault
-from vhostpy.backends.storage import _storage
+from vhostpy.backends.storage import storage as storages
 from vhostpy.protocol.names import fault_name
 
 cdef enum:
@@ -177,7 +177,7 @@ cdef class DiskQueue(Pollable):
                 # RING_BROKEN: control looks at Virtqueue.broken.
                 if count < 0 and not self.told_broken and self.workers is not None:
                     self.told_broken = True
-                    self.workers.attention()
+                    self.workers.sound_bell()
                 break
             for i in range(count):
                 if turn.bytes <= 0:
@@ -299,7 +299,7 @@ cdef class DiskQueue(Pollable):
         if self.first_fault == CHAIN_OK:
             self.first_fault = chain.fault
             if self.workers is not None:
-                self.workers.attention()
+                self.workers.sound_bell()
         self.answer(chain, chain.segments.hva, chain.segments.gpa, S_IOERR, 1)
         return True
 
@@ -462,7 +462,7 @@ cdef class DiskQueue(Pollable):
             self.first_error_offset = request.offset
             self.first_error = request.result
             if self.workers is not None:
-                self.workers.attention()
+                self.workers.sound_bell()
 
     cdef void log_slot(self, Slot *slot) noexcept nogil:
         cdef Segment segment
@@ -570,7 +570,7 @@ cdef class DiskQueue(Pollable):
         """The first I/O error, in words."""
         if self.first_error == 0:
             return None
-        op = _storage.Op(self.first_error_op).name.lower()
+        op = storages.Op(self.first_error_op).name.lower()
         return f"{op} at byte {self.first_error_offset}: {os.strerror(-self.first_error)}"
 
     @property

@@ -5,9 +5,10 @@ segments were checked by whoever calls.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from vhostpy.system.hw cimport (copy_once_16, likely, prefetch_read, prefetch_write, read_once_u16,
-                          read_once_u32, read_once_u64, write_once_u16, write_once_u32,
-                          write_once_u64)
+from vhostpy.system.hw cimport (
+    copy_once_16, likely, prefetch_read, prefetch_write, read_once_u16, read_once_u32,
+    read_once_u64, write_once_u16, write_once_u32, write_once_u64,
+)
 from vhostpy.vswitch.port cimport SNAPSHOT, Frame, NetHeader
 from vhostpy._ring cimport Chain
 from vhostpy.memory.guest cimport Segment

@@ -171,7 +171,7 @@ class NetDevice:
             )
         self.switch.announce(self.port, mac)
 
-    def attend(self) -> None:
+    def on_bell(self) -> None:
         """Drops are counted, not logged: a guest could fill the log with them."""
 
     def status(self) -> dict[str, Any]:

@@ -14,15 +14,19 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from vhostpy.ring.chain cimport is_one_writable, scratch_free, scratch_make
-from vhostpy.system.hw cimport (aligned_alloc, atomic_add_i64, likely, load_acquire_ptr, read_once_u32,
-                          spin_lock_for, spin_unlock, store_release_ptr, unlikely, write_once_u32)
+from vhostpy.system.hw cimport (
+    aligned_alloc, atomic_add_i64, likely, load_acquire_ptr, read_once_u32, spin_lock_for,
+    spin_unlock, store_release_ptr, unlikely, write_once_u32,
+)
 from vhostpy.runtime.pollable cimport BUDGET_STEPS, Turn
-from vhostpy.vswitch.port cimport (ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port,
-                            QueueCounters)
+from vhostpy.vswitch.port cimport (
+    ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port, QueueCounters,
+)
 from vhostpy._ring cimport BURST, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
-from vhostpy.backends.net.copy cimport (BYTES_AHEAD, copy_rest, fetch, gather, snapshot_whole,
-                                     store_header, take_snapshot)
+from vhostpy.backends.net.copy cimport (
+    BYTES_AHEAD, copy_rest, fetch, gather, snapshot_whole, store_header, take_snapshot,
+)
 from vhostpy.backends.net.scatter cimport log_spread, spread
 from vhostpy.backends.net.counters cimport counters_of, drop_name
 from vhostpy.memory.guest cimport Segment

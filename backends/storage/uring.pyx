@@ -28,9 +28,9 @@ from vhostpy.system.linux cimport (
     eventfd, fstatfs, statfs_t,
 )
 from vhostpy.backends.storage.uring_steps cimport (
-    BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS, Detour,
-    Shared, bounce_part, copy_bounce, fill_bounce, learn, new_detour, next_bounce, next_way,
-    pass_gate, point_at_zeros, step,
+    BOUNCE, BOUNCE_BYTES, CONTINUE, DISCARD_BLOCKS, MERGE, PAGE, PUNCH_HOLE, WRITE_ZEROS,
+    Detour, Shared, bounce_part, copy_bounce, fill_bounce, learn, new_detour, next_bounce,
+    next_way, pass_gate, point_at_zeros, step,
 )
 from vhostpy.backends.storage.liburing cimport (
     IORING_FSYNC_DATASYNC, IORING_OP_URING_CMD, IORING_SETUP_R_DISABLED, IORING_SQ_CQ_OVERFLOW,

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 
 from tests.backends.guest import FEATURES, Guest
+from tests.gate import GateStorage
 from vhostpy._spec import Feature
 from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.file import FileStorage
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.uring import UringStorage
 from vhostpy.runtime.pool import Workers

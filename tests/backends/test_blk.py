@@ -26,8 +26,8 @@ from tests.backends.guest import (
     eventually,
 )  # fmt: skip
 from tests.backends.machine import SECTORS, SIZE, STORAGES, Machine, each_layout
+from tests.gate import GateStorage
 from vhostpy._spec import Feature
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.memory.guest import DirtyLog
@@ -272,7 +272,7 @@ def test_a_storage_error_is_ioerr_counted_and_told_once(caplog):
         for _ in range(3):
             sent = machine.guest.request(OUT, 2, data=b"x" * 512)
             assert (sent.wait(), sent.length) == (IOERR, 1)
-        assert os.eventfd_read(machine.workers.attention_fd) == 1
+        assert os.eventfd_read(machine.workers.bell_fd) == 1
         assert machine.counters()["io_errors"] == 3
         storage.fail(0)
         assert machine.guest.request(OUT, 2, data=b"x" * 512).wait() == OK

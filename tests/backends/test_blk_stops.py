@@ -7,10 +7,10 @@ import pytest
 
 from tests.backends.guest import FLUSH, IN, OK, OUT, UNTOUCHED, Guest, eventually
 from tests.backends.machine import SIZE, STORAGES, Machine, each_layout
+from tests.gate import GateStorage
 from tests.rings import base_of
 from vhostpy._spec import Feature
 from vhostpy.backends.blk.queue import DiskQueue
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import GuestError
 

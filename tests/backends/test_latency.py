@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from tests.backends.guest import DISCARD, FLUSH, IN, OK, OUT, eventually
 from tests.backends.machine import Machine
+from tests.gate import GateStorage
 from vhostpy.backends import latency
-from vhostpy.backends.storage.gate import GateStorage
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -132,7 +132,7 @@ def test_a_server_that_stays_dead_costs_errors_once_said_and_no_other_disk(
             assert other.guest.request(IN, space=512).wait() == OK
         assert [request.wait() for request in sent] == [IOERR] * 8
         assert machine.guest.request(IN, space=512).wait() == IOERR, "and no new wait"
-        machine.disk.attend()
+        machine.disk.on_bell()
         files.restart()
         eventually(lambda: machine.guest.request(IN, space=512).wait() == OK, "the server")
     texts = [record.message for record in caplog.records]

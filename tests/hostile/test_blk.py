@@ -28,8 +28,8 @@ from tests.backends.guest import (
     eventually,
 )  # fmt: skip
 from tests.backends.machine import SECTORS, SIZE, Machine, image
+from tests.gate import GateStorage
 from vhostpy.backends.storage.file import FileStorage
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.storage import Op
 from vhostpy.backends.storage.uring import UringStorage
@@ -200,7 +200,7 @@ def test_an_index_that_jumps_breaks_the_ring_and_nothing_else():
         os.eventfd_write(guest.kicks[0], 1)
         eventually(lambda: machine.rings[0].broken)
         eventually(lambda: machine.counters(0)["parked"])
-        assert os.eventfd_read(machine.workers.attention_fd) == 1
+        assert os.eventfd_read(machine.workers.bell_fd) == 1
         assert guest.request(IN, space=512, index=1).wait() == OK
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.gate import GateStorage
 from tests.hostile.attacker import (
     FEATURES,
     GOOD,
@@ -26,7 +27,6 @@ from tests.serving import serving
 from tests.vhostpy.test_inflight import SIZE, marked
 from vhostpy._spec import Feature
 from vhostpy.backends.blk.device import Disk
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.memory.guest import DirtyLog
 from vhostpy.ring.inflight import region_bytes
 from vhostpy.runtime.pool import Workers

@@ -386,7 +386,7 @@ def test_control_is_told_once_that_a_ring_broke():
     raw = Raw(n.hostile, 1)
     n.hostile.memory.write(raw.avail + 2, (1000).to_bytes(2, "little"))
     n.turns(n.hostile, 5)
-    with open(n.switch.workers.attention_fd, "rb", buffering=0, closefd=False) as fd:
+    with open(n.switch.workers.bell_fd, "rb", buffering=0, closefd=False) as fd:
         assert int.from_bytes(fd.read(8), "little") == 1
 
 

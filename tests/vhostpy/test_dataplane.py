@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 
+from tests.gate import GateStorage
 from tests.hanging import held, lingering_socket
 from tests.hostile.attacker import EVERYTHING, Attacker, eventfd
 from tests.hostile.pagefaults import PageFaults
@@ -21,7 +22,6 @@ from tests.talk import open_fds
 from vhostpy._spec import Feature
 from vhostpy.backends.blk.device import WRITEBACK_OFFSET, Disk
 from vhostpy.backends.net.device import NetDevice
-from vhostpy.backends.storage.gate import GateStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import Refused
 from vhostpy.frontend.frontend import FrontEnd, Queue

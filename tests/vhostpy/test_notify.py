@@ -52,10 +52,10 @@ def test_ring_whose_call_fd_blocks_is_deaf_and_asks_for_a_look(workers, fd, agai
     with Rings(size=8) as rings:
         device = rings.start(0, call_fd=fd)
         os.eventfd_write(fd, FULL)
-        events(notify.attention_fd())
+        events(notify.bell_fd())
         within(DEADLINE_S, device.notify)
         assert device.deaf
-        assert events(notify.attention_fd()) >= 1
+        assert events(notify.bell_fd()) >= 1
         start = time.monotonic()
         for _ in range(1000):
             device.notify()  # not written to again
@@ -150,17 +150,17 @@ def test_many_threads_that_hang_are_all_freed(workers):
 @pytest.mark.parametrize("broken_by", ["index", "head"])
 def test_ring_that_breaks_asks_for_a_look(broken_by):
     with Rings(size=8) as rings:
-        events(notify.attention_fd())
+        events(notify.bell_fd())
         if broken_by == "index":
             rings.guest.offer(jump=9)
         else:
             rings.guest.offer(8)
         with pytest.raises(Exception, match="broken"):
             rings.device.take()
-        assert events(notify.attention_fd()) == 1
+        assert events(notify.bell_fd()) == 1
         with pytest.raises(Exception, match="broken"):
             rings.device.take()
-        assert events(notify.attention_fd()) == 0  # once is enough
+        assert events(notify.bell_fd()) == 0  # once is enough
 
 
 def names_of_threads():

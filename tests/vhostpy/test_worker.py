@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.probe import Probe
 from vhostpy.errors import ConfigError, ProtocolError
-from vhostpy.runtime.pollable import Probe
 from vhostpy.runtime.pool import Workers
 
 DEADLINE_S = 10
@@ -533,7 +533,7 @@ def test_start_and_stop_leave_no_thread_and_no_fd():
 
 def test_a_process_ends_though_nobody_stopped_its_workers():
     program = (
-        "from vhostpy.runtime.pollable import Probe\n"
+        "from tests.probe import Probe\n"
         "from vhostpy.runtime.pool import Workers\n"
         "workers = Workers(2, poll='busy'); workers.start(); workers.add(Probe())\n"
     )

@@ -75,8 +75,8 @@ class Device(Protocol):
     def send_rarp(self, mac: bytes) -> None:
         """SEND_RARP: announce `mac` on the other ports, the guest cannot."""
 
-    def attend(self) -> None:
-        """A worker asked for attention: say what the operator should know."""
+    def on_bell(self) -> None:
+        """The bell was sounded: say what the operator should know."""
 
     def status(self) -> dict[str, Any]:
         """Counters and state, for `status`: plain types, stable snake_case keys with units."""

@@ -18,8 +18,8 @@ from vhostpy.system.hw cimport (
 from vhostpy._ring cimport BURST, DriverVirtqueue, UsedEntry
 from vhostpy.load.frame cimport (
     AT_BUFFERS, AT_FRAME, AT_PAYLOAD, AT_SEQUENCE, AT_SIZE, AT_STAMP, AT_TYPE, FRAME_LIMIT,
-    OURS, PRIME, SHORT, TEMPLATE_BYTES, TEMPLATES, is_payload, kind_of, station,
-    write_header, write_payload,
+    OURS, PRIME, SHORT, TEMPLATE_BYTES, TEMPLATES, is_payload, kind_of, station, write_header,
+    write_payload,
 )
 from vhostpy.load.histogram cimport BINS, bin_of, value_of
 from vhostpy.memory.guest cimport Segment, translate

@@ -7,8 +7,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy.ring.state cimport Ring
 from vhostpy.system.hw cimport likely, prefetch_read, unlikely
 from vhostpy._spec cimport DescriptorFlag
-from vhostpy.memory.guest cimport (TRANSLATE_FAULT, TRANSLATE_FULL, Region, Segment, translate,
-                             translate_whole)
+from vhostpy.memory.guest cimport (
+    TRANSLATE_FAULT, TRANSLATE_FULL, Region, Segment, translate, translate_whole,
+)
 
 cdef enum:
     BURST = 64             # chains moved by one call, at most

@@ -23,8 +23,9 @@ from vhostpy.system.notify cimport signal_eventfd, start_watchdog
 import struct
 
 from vhostpy.errors import LEAVE_NON_BLOCKING, ProtocolError
-from vhostpy.ring.parts import (alignments_of, check_base, check_size, first_base, is_packed,
-                            sizes_of)
+from vhostpy.ring.parts import (
+    alignments_of, check_base, check_size, first_base, is_packed, sizes_of,
+)
 
 
 cdef uint8_t *whole_of(GuestMemory memory, uint64_t gpa, uint64_t length) except NULL:

@@ -13,14 +13,13 @@ from libc.stdlib cimport calloc, free
 
 from vhostpy.ring.chain cimport DESCRIPTOR_SIZE
 from vhostpy.system.hw cimport (
-    read_once_u16, read_once_u64, read_once_u8, store_release_u16, write_once_u16, write_once_u64,
+    read_once_u16, read_once_u64, read_once_u8, store_release_u16, write_once_u16,
+    write_once_u64,
 )
 from vhostpy.ring.inflight_packed cimport (
     PACKED_ENTRY, PACKED_HEADER, packed_put_again, packed_recover, packed_track_begin,
 )
-from vhostpy.ring.inflight_split cimport (
-    SPLIT_ENTRY, SPLIT_HEADER, split_recover, split_track_begin,
-)
+from vhostpy.ring.inflight_split cimport SPLIT_ENTRY, SPLIT_HEADER, split_recover, split_track_begin
 from vhostpy.ring.tracker cimport REGION_DESC_NUM, REGION_VERSION
 
 from vhostpy.system.account import COMMON, Account

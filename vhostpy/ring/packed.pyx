@@ -10,9 +10,9 @@ only the copy is used. Rings have any size: positions are compared, never masked
 Source: virtio 1.3, "Packed Virtqueues".
 """
 from vhostpy.ring.chain cimport (
-    CHAIN_BAD_INDIRECT, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX, WALK_STOP,
-    Descriptor, Walk, packed_descriptor, region_served_last, take_plain, walk_begin, walk_end,
-    walk_piece, walk_table,
+    CHAIN_BAD_INDIRECT, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX, WALK_STOP, Descriptor, Walk,
+    packed_descriptor, region_served_last, take_plain, walk_begin, walk_end, walk_piece,
+    walk_table,
 )
 from vhostpy.ring.state cimport (
     Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,

@@ -13,7 +13,7 @@ cdef struct Entry:
     uint64_t age        # of the ring's start
     uint64_t padding[2]
 
-cdef class Place:
+cdef class KeptPosition:
     # What one ring that runs has in the file.
     cdef Entry *entry
     cdef object table       # which it is in

@@ -35,7 +35,7 @@ FILE_MAX = 64 << 20
 LIVES = 2       # entries for each ring that an owner may have: of those that run, and of before
 
 
-cdef class Place:
+cdef class KeptPosition:
     """A ring's entry. `found`: what the last life left there, as (from, to), or None."""
 
     def __init__(self):
@@ -69,7 +69,7 @@ cdef class Place:
 
 @cython.final
 cdef class Table:
-    """The mapped file's entries; unmapped with the last place in it."""
+    """The mapped file's entries; unmapped with the last position in it."""
 
     cdef Py_buffer buffer
     cdef Entry *entries
@@ -149,11 +149,11 @@ cdef class Owner:
         self.first, self.end = first, first + count
         self.taken = set()
 
-    def claim(self, file: tuple[int, int], gpa: int, size: int) -> Place | None:
+    def claim(self, file: tuple[int, int], gpa: int, size: int) -> KeptPosition | None:
         """The entry of the ring of `size` at `gpa` in the memory that `file` (its device and
         inode) holds: what it had before, or a free one; None where there is none."""
         cdef Entry *entry
-        cdef Place place
+        cdef KeptPosition kept
         free = [i for i in range(self.first, self.end) if i not in self.taken]
         if not free:
             return None
@@ -174,17 +174,17 @@ cdef class Owner:
         entry.age = self.table.age
         self.table.age += 1
         self.taken.add(chosen)
-        place = Place.__new__(Place)
-        place.entry, place.table, place.found = entry, self.table, found
-        return place
+        kept = KeptPosition.__new__(KeptPosition)
+        kept.entry, kept.table, kept.found = entry, self.table, found
+        return kept
 
     def worth(self, index: int) -> tuple[int, int]:
         cdef Entry *entry = &self.table.entries[<Py_ssize_t>index]
         return entry.valid, entry.age
 
-    def release(self, Place place not None) -> None:
+    def release(self, KeptPosition kept not None) -> None:
         """Its ring has stopped; what is there stays until it is claimed."""
-        self.taken.discard(place.entry - self.table.entries)
+        self.taken.discard(kept.entry - self.table.entries)
 
 
 def open_private(directory: str) -> int:

@@ -8,13 +8,13 @@ from vhostpy.ring.state cimport (
     Returned, break_ring, call_driver, log_flush, next_in_order, release, take_back,
 )
 from vhostpy.ring.chain cimport (
-    BURST, CHAIN_BAD_INDEX, CHAIN_TOO_LONG, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX,
-    WALK_STOP, Descriptor, Walk, region_served_last, split_descriptor, take_plain, walk_begin,
-    walk_end, walk_piece, walk_table,
+    BURST, CHAIN_BAD_INDEX, CHAIN_TOO_LONG, DESCRIPTOR_SIZE, RING_BROKEN, STEPS_MAX, WALK_STOP,
+    Descriptor, Walk, region_served_last, split_descriptor, take_plain, walk_begin, walk_end,
+    walk_piece, walk_table,
 )
 from vhostpy.system.hw cimport (
-    fence_full, load_acquire_u16, prefetch_read, prefetch_write, read_once_u16,
-    read_once_u64, store_release_u16, unlikely, write_once_u16, write_once_u64,
+    fence_full, load_acquire_u16, prefetch_read, prefetch_write, read_once_u16, read_once_u64,
+    store_release_u16, unlikely, write_once_u16, write_once_u64,
 )
 from vhostpy._spec cimport DescriptorFlag, RingFlag
 from vhostpy.memory.guest cimport Region, log_mark

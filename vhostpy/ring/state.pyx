@@ -1,7 +1,7 @@
 """What an end of a virtqueue does, however the ring is laid out: logs and notifies."""
 from vhostpy.system.hw cimport fence_full, unlikely
 from vhostpy.memory.guest cimport log_mark
-from vhostpy.system.notify cimport ask_for_a_look, signal_eventfd, signal_socket
+from vhostpy.system.notify cimport sound_bell, signal_eventfd, signal_socket
 
 # Our own invariant; sizeof is a constant, so this costs nothing but says it early.
 assert sizeof(WorkerSide) == 64 and sizeof(ControlSide) == 64
@@ -39,7 +39,7 @@ cdef void call_driver(Ring *ring) noexcept nogil:
             signal_socket(ring.control.call_fd)
         elif unlikely(not signal_eventfd(ring.control.call_fd)):
             ring.worker.deaf = 1
-            ask_for_a_look()
+            sound_bell()
 
 
 cdef void break_ring(Ring *ring) noexcept nogil:
@@ -48,4 +48,4 @@ cdef void break_ring(Ring *ring) noexcept nogil:
 
 cdef void break_ring_for(Ring *ring, uint32_t why) noexcept nogil:
     ring.worker.broken = why
-    ask_for_a_look()
+    sound_bell()

@@ -10,7 +10,7 @@ cdef class Workers:
     cdef object __weakref__
     cdef readonly list workers
     cdef readonly str poll
-    cdef readonly int attention_fd      # eventfd by which workers wake control
+    cdef readonly int bell_fd      # eventfd by which workers wake control
     cdef void **members                 # the same, without the GIL
     cdef int count
     cdef readonly int regular           # the first so many; behind them the one apart, if there is
@@ -20,4 +20,4 @@ cdef class Workers:
     cdef Worker quarantine(self)
     cdef free_unused(self, Table *old)
     cdef void wait_quiescent(self) noexcept nogil
-    cdef void attention(self) noexcept nogil
+    cdef void sound_bell(self) noexcept nogil

@@ -48,8 +48,8 @@ cdef class Workers:
         self.members = <void **>calloc(count + 1, sizeof(void *))
         if self.members == NULL:
             raise MemoryError
-        self.attention_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.attention_fd < 0:
+        self.bell_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.bell_fd < 0:
             raise OSError(errno, os.strerror(errno))
         for index, cpu in enumerate(choose_cpus(count, poll, cpus)):
             worker = Worker(index, poll=poll, cpu=cpu, spin_us=spin_us)
@@ -61,7 +61,7 @@ cdef class Workers:
 
     def __dealloc__(self):
         if self.members != NULL:    # else it was refused, and its fd is still 0
-            close(self.attention_fd)
+            close(self.bell_fd)
             free(self.members)
 
     def start(self) -> None:
@@ -230,8 +230,8 @@ cdef class Workers:
         for i in range(self.count):
             (<Worker>self.members[i]).wait_turn()
 
-    cdef void attention(self) noexcept nogil:
-        signal_fd(self.attention_fd)
+    cdef void sound_bell(self) noexcept nogil:
+        signal_fd(self.bell_fd)
 
 
 def load_of(Worker worker not None):

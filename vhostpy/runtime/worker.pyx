@@ -36,7 +36,7 @@ from vhostpy.system.linux cimport (
 )
 from vhostpy.runtime.pollable cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS
 from vhostpy.runtime.timer cimport open_timer, set_timer
-from vhostpy.system.notify cimport ask_for_a_look, interrupt_thread, only_faults_and_interrupts
+from vhostpy.system.notify cimport sound_bell, interrupt_thread, only_faults_and_interrupts
 
 from vhostpy.errors import ProtocolError
 
@@ -323,7 +323,7 @@ cdef class Worker:
                 self.active_count -= 1
                 table.active[i] = table.active[self.active_count]
                 break
-        ask_for_a_look()
+        sound_bell()
 
     cdef void activate_slot(self, Table *table, uint32_t slot) noexcept nogil:
         cdef uint64_t start = ticks(), now = start

@@ -25,7 +25,7 @@ from vhostpy.protocol.names import fault_name
 from vhostpy.protocol.payloads import MemoryRegion
 from vhostpy.ring.inflight import InflightArea
 from vhostpy.ring.parts import first_base, is_packed
-from vhostpy.ring.positions import Place
+from vhostpy.ring.positions import KeptPosition
 from vhostpy.ring.resume import reconcile
 from vhostpy.session import effects as e
 from vhostpy.session.ring import StopReason
@@ -130,9 +130,9 @@ class DataPlane:
                 state = self.session.rings[index]
                 with self._held([index]) as virtqueues:
                     virtqueues[0].base = state.base
-                    place = virtqueues[0].place
-                    kept = place.at if place is not None and not state.broken else None
-                    self._reconcile(index, virtqueues[0], place, kept)
+                    position = virtqueues[0].kept
+                    kept = position.at if position is not None and not state.broken else None
+                    self._reconcile(index, virtqueues[0], position, kept)
             case e.SetBackendChannel(fd):
                 _close(self.backend_channel)
                 self.backend_channel = fd
@@ -149,7 +149,7 @@ class DataPlane:
             case _:
                 raise NotImplementedError(effect)
 
-    def look_after(self) -> None:
+    def on_bell(self) -> None:
         """Reports rings that broke; raises GuestError if memory is gone or a fd blocks us."""
         for what, shared in (
             ("guest memory", self.memory),
@@ -252,7 +252,7 @@ class DataPlane:
                 if not ring.virtqueue.broken:
                     self.session.rings[index].broken = ""
             previous, self.memory = self.memory, memory
-            self._move_places(self.rings)
+            self._move_positions(self.rings)
         self._retire(previous)
 
     def _map(self, region: MemoryRegion, fd: OwnedFd) -> RegionInfo:
@@ -365,12 +365,13 @@ class DataPlane:
             virtqueue.track(self.inflight.queue(index))
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
-        place = self._claim(index)
+        position = self._claim(index)
         if given == state.base and not was_broken:
             state.broken = ""  # it goes on where we stopped it
-            virtqueue.keep(place)
+            virtqueue.keep(position)
         else:
-            self._reconcile(index, virtqueue, place, place.found if place is not None else None)
+            kept = position.found if position is not None else None
+            self._reconcile(index, virtqueue, position, kept)
         self.device.ring_started(index, virtqueue, _eventfd(state.kick))
         if virtqueue.again:
             log.info(
@@ -388,7 +389,7 @@ class DataPlane:
         self,
         index: int,
         virtqueue: Virtqueue,
-        place: Place | None,
+        position: KeptPosition | None,
         kept: tuple[int, int] | None,
     ) -> None:
         """Does a ring agree with the base that it was started at, and with what was kept?"""
@@ -396,17 +397,17 @@ class DataPlane:
         if virtqueue.inflight_queue is not None:
             return  # recovery has counted
         verdict = reconcile(virtqueue, self.device.lossy, kept)
-        virtqueue.keep(place)
+        virtqueue.keep(position)
         if virtqueue.broken:
-            if place is not None:
-                place.forget()
+            if position is not None:
+                position.forget()
             self._broken(index, verdict.text, verdict.hint)
         elif verdict.text:
             log.info("%s: ring %d: %s", self.device.name, index, verdict.text)
             # Who was there before may have given chains back and told nobody.
             virtqueue.notify()
 
-    def _claim(self, index: int) -> Place | None:
+    def _claim(self, index: int) -> KeptPosition | None:
         """Where a packed ring's position is kept."""
         owner, state = self.device.positions, self.session.rings[index]
         if owner is None or not is_packed(self.features):
@@ -421,12 +422,12 @@ class DataPlane:
                 return self._files[region.gpa], region.gpa + uva - region.uva
         return None
 
-    def _move_places(self, indexes: Iterable[int]) -> None:
+    def _move_positions(self, indexes: Iterable[int]) -> None:
         for index in indexes:
-            place = self.rings[index].virtqueue.place
+            position = self.rings[index].virtqueue.kept
             where = self._where(self.session.rings[index].desc_uva)
-            if place is not None and where is not None:
-                place.move(*where)
+            if position is not None and where is not None:
+                position.move(*where)
 
     async def stop_ring(self, index: int) -> int:
         """Drains and stops a ring; returns the base at which it would go on."""
@@ -436,9 +437,10 @@ class DataPlane:
         await aside(self._stop_held, index)
         if not drained:
             raise self._hung(index)
-        place = ring.virtqueue.place
-        if place is not None and self.session.rings[index].stop_reason is not StopReason.UNMAPPED:
-            place.forget()  # the front-end knows
+        position = ring.virtqueue.kept
+        reason = self.session.rings[index].stop_reason
+        if position is not None and reason is not StopReason.UNMAPPED:
+            position.forget()  # the front-end knows
         self._given[index] = ring.virtqueue.base, ring.virtqueue.broken
         return ring.virtqueue.base
 
@@ -450,8 +452,8 @@ class DataPlane:
         """The ring is held; the device gives it back."""
         ring = self.rings.pop(index)
         self.device.ring_stopped(index)
-        if ring.virtqueue.place is not None and self.device.positions is not None:
-            self.device.positions.release(ring.virtqueue.place)
+        if ring.virtqueue.kept is not None and self.device.positions is not None:
+            self.device.positions.release(ring.virtqueue.kept)
         self._retire(ring.virtqueue.memory)
 
     def _hung(self, index: int) -> GuestError:
@@ -483,7 +485,7 @@ class DataPlane:
                 desc_uva=state.desc_uva, avail_uva=state.avail_uva, used_uva=state.used_uva
             )
             virtqueues[0].set_log(*self._log_of(index))
-            self._move_places([index])
+            self._move_positions([index])
 
 
 def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from vhostpy.session.peername import peer_name
 from vhostpy.session.session import Session
 from vhostpy.system import fds, unixsocket
 from vhostpy.system.account import Account
-from vhostpy.system.notify import attention_fd
+from vhostpy.system.notify import bell_fd
 
 log = logging.getLogger("vhostpy")
 
@@ -323,11 +323,11 @@ class Connection:
             fds.close_socket(self.sock, self.account)
             self.session.close()
 
-    def look_after(self) -> None:
-        """Called when a worker or a contained fault asks for attention."""
-        self.device.attend()
+    def on_bell(self) -> None:
+        """Called when a worker or a contained fault sounds the bell."""
+        self.device.on_bell()
         try:
-            self.plane.look_after()
+            self.plane.on_bell()
         except VhostpyError as error:
             if not self._failure.done():
                 self._failure.set_exception(error.with_traceback(None))
@@ -402,7 +402,7 @@ class Connection:
 def _watch_workers(device: Device) -> None:
     """Has the running loop look after all sessions when a worker or a fault calls."""
     loop = asyncio.get_running_loop()
-    for fd in (poison_fd(), attention_fd(), device.workers.attention_fd):
+    for fd in (poison_fd(), bell_fd(), device.workers.bell_fd):
         loop.add_reader(fd, _look_after_all, fd, device.workers)
 
 
@@ -413,7 +413,7 @@ def _look_after_all(fd: int, workers: Workers) -> None:
         _isolating.add(workers)
         threading.Thread(target=_isolate, args=[workers], daemon=True).start()
     for connection in list(Connection.open):
-        connection.look_after()
+        connection.on_bell()
 
 
 # Those that a thread isolates for just now: it waits for a worker, which may be stuck.
@@ -431,7 +431,7 @@ def _isolate(workers: Workers) -> None:
     finally:
         _isolating.discard(workers)
     if workers.wants_isolation():  # what came meanwhile was left to this thread
-        os.eventfd_write(workers.attention_fd, 1)
+        os.eventfd_write(workers.bell_fd, 1)
 
 
 # Sockets -----------------------------------------------------------------------------

@@ -112,14 +112,16 @@ class Ring:
             self.spent = self.ran
         return effect
 
-    def place(self, desc_uva: int | None, avail_uva: int | None, used_uva: int | None) -> None:
+    def set_addresses(
+        self, desc_uva: int | None, avail_uva: int | None, used_uva: int | None
+    ) -> None:
         """Where it lies from now on; None: nobody knows."""
         self.desc_uva, self.avail_uva, self.used_uva = desc_uva, avail_uva, used_uva
         self.ran, self.spent = self.started, False
 
-    def forget_place(self) -> None:
+    def forget_addresses(self) -> None:
         """It waits for SET_VRING_ADDR."""
-        self.place(None, None, None)
+        self.set_addresses(None, None, None)
         self.log_used, self.used_log_gpa = False, 0
 
     def parts(self, packed: bool) -> list[RingPart]:
@@ -180,7 +182,7 @@ class Ring:
         """Back to the initial state, as after RESET_DEVICE; call and err fds stay."""
         self.enabled = False
         self.num = 0
-        self.forget_place()
+        self.forget_addresses()
         self.base = None
 
     def close_kick(self) -> None:

@@ -6,7 +6,7 @@ cdef bint signal_eventfd(int fd) noexcept nogil
 cdef void signal_socket(int fd) noexcept nogil
 # Sends a Unix socket the eight bytes that an eventfd would give its reader.
 
-cdef void ask_for_a_look() noexcept nogil
+cdef void sound_bell() noexcept nogil
 # Wakes control: a ring broke, or its call fd blocks.
 
 cdef void start_watchdog() noexcept nogil

@@ -43,7 +43,7 @@ cdef extern from *:
     static struct notify_slot notify_table[NOTIFY_SLOTS];
     static uint32_t notify_high;         /* slots ever used */
     static pid_t notify_watched;         /* the process whose watchdog runs */
-    static int notify_attention = -1;
+    static int notify_bell = -1;
     static __thread uint32_t notify_tid;
     static __thread uint32_t notify_at;
 
@@ -174,7 +174,7 @@ cdef extern from *:
     }
     """
     enum: EINTR
-    int notify_attention
+    int notify_bell
     int notify_write(int) nogil
     void notify_send(int) nogil
     bint notify_is_unix_socket(int) nogil
@@ -183,8 +183,8 @@ cdef extern from *:
     int notify_start() nogil
     bint notify_has_room(int) nogil
 
-notify_attention = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-if notify_attention < 0:
+notify_bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+if notify_bell < 0:
     raise OSError("eventfd")
 
 
@@ -196,8 +196,8 @@ cdef void signal_socket(int fd) noexcept nogil:
     notify_send(fd)
 
 
-cdef void ask_for_a_look() noexcept nogil:
-    notify_write(notify_attention)
+cdef void sound_bell() noexcept nogil:
+    notify_write(notify_bell)
 
 
 cdef void start_watchdog() noexcept nogil:
@@ -217,12 +217,12 @@ def is_unix_socket(fd: int) -> bool:
     return notify_is_unix_socket(fd)
 
 
-def attention_fd() -> int:
+def bell_fd() -> int:
     """An eventfd, readable when a ring broke or its call fd blocks: look at all rings.
 
     It belongs to this module: read it, don't close it.
     """
-    return notify_attention
+    return notify_bell
 
 
 def signal_once(fd: int) -> bool:

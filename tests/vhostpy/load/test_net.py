@@ -7,13 +7,13 @@ import time
 
 import pytest
 
+from tests.null_net import NullNet
 from tests.serving import serving
 from tests.vhostpy.load.short import send
 from vhostpy._spec import Feature
 from vhostpy.errors import ConfigError, ProtocolError
 from vhostpy.load import net, report
 from vhostpy.load.net_loop import FRAME_MAX, Touch, mac
-from vhostpy.load.null import NullNet
 from vhostpy.server.server import Server
 
 LAYOUTS = ("split", "packed")
@@ -180,7 +180,7 @@ class Courier:
     def _ignore(self, *_):
         pass
 
-    opened = closed = negotiated = ring_enabled = ring_kick = attend = set_mtu = _ignore
+    opened = closed = negotiated = ring_enabled = ring_kick = on_bell = set_mtu = _ignore
     send_rarp = write_config = _ignore
 
 

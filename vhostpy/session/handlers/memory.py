@@ -31,7 +31,7 @@ def set_mem_table(session: SessionState, message: Message) -> list[Effect]:
         raise ProtocolError("SET_MEM_TABLE: no memory regions", SHARE_ON)
     check_regions(message.name, regions)
     fds = tuple(fd.move() for fd in message.fds)
-    _forget_places(session)
+    _forget_addresses(session)
     return _replace_memory(session, list(regions), SetMemory(regions, fds))
 
 
@@ -56,7 +56,7 @@ def rem_mem_reg(session: SessionState, message: Message) -> list[Effect]:
         return []  # the pair before has removed it
     region = session.regions[index]
     rest = session.regions[:index] + session.regions[index + 1 :]
-    _forget_places(session, region)
+    _forget_addresses(session, region)
     return _replace_memory(session, rest, RemoveRegion(region), grows=False)
 
 
@@ -68,7 +68,7 @@ def _find_region(session: SessionState, wanted: MemoryRegion) -> int | None:
     return None
 
 
-def _forget_places(session: SessionState, gone: MemoryRegion | None = None) -> None:
+def _forget_addresses(session: SessionState, gone: MemoryRegion | None = None) -> None:
     """Rings that were stopped lie nowhere, once the memory that they ran in (all of it, or
     `gone`) is replaced: another guest's may be at the same addresses.
 
@@ -80,7 +80,7 @@ def _forget_places(session: SessionState, gone: MemoryRegion | None = None) -> N
             continue
         parts = ring.parts(bool(session.packed))
         if gone is None or any(gone.uva <= p.uva < gone.uva + gone.size for p in parts):
-            ring.forget_place()
+            ring.forget_addresses()
 
 
 def _replace_memory(

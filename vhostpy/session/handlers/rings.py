@@ -51,7 +51,7 @@ def set_vring_addr(session: SessionState, message: Message) -> list[Effect]:
     ring, address = _ring(session, message), message.payload
     if address.flags & ~VRING_F_LOG:
         raise Refused(f"SET_VRING_ADDR: ring {ring.index}: unknown flags {address.flags:#x}")
-    ring.place(address.desc_uva, address.avail_uva, address.used_uva)
+    ring.set_addresses(address.desc_uva, address.avail_uva, address.used_uva)
     ring.log_used = bool(address.flags & VRING_F_LOG)
     ring.used_log_gpa = address.used_log_gpa if ring.log_used else 0
     ring.check(session.packed)

@@ -133,7 +133,7 @@ class NullNet:
     def send_rarp(self, mac):
         pass
 
-    def attend(self):
+    def on_bell(self):
         pass
 
     def status(self):
