@@ -10,6 +10,7 @@ from vhostpy.ring.chain cimport (
     CHAIN_TOO_LONG, CHAIN_TOO_MANY_SEGMENTS, CHAIN_UNMAPPED, CHAIN_ZERO_LENGTH, RING_BROKEN,
     SCRATCH_SEGMENTS, Chain, ChainFault, Scratch,
 )
+from vhostpy.system.calls cimport Calls
 from vhostpy.ring.driver cimport DriverVirtqueue
 from vhostpy.ring.state cimport Ring, UsedEntry
 from vhostpy.ring.inflight cimport InflightQueue
@@ -22,6 +23,7 @@ from vhostpy.ring.positions cimport KeptPosition
 cdef class Virtqueue:
     # The back-end's side. Published (`live`): the workers own it. Held: control does.
     cdef Ring *ring
+    cdef Calls call_costs                              # of its socket
     cdef readonly GuestMemory memory
     cdef readonly DirtyLog log
     cdef readonly uint64_t features

@@ -11,6 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
+from vhostpy.system.calls cimport Calls
 from vhostpy.ring.chain cimport scratch_free, scratch_make
 from vhostpy.ring.state cimport (
     BROKEN_BUFFERS, BROKEN_CHAIN, WorkerSide, break_ring, break_ring_for, call_driver,
@@ -79,13 +80,16 @@ cdef class Virtqueue:
 
     def __cinit__(self, GuestMemory memory not None, object size, object features, *,
                   object desc_uva, object avail_uva, object used_uva, object base=None,
-                  int call_fd=-1, DirtyLog log=None, object used_log_gpa=None):
+                  int call_fd=-1, Calls calls=None, DirtyLog log=None,
+                  object used_log_gpa=None):
         check_size(size, features)
         self.ring = <Ring *>aligned_alloc(64, (sizeof(Ring) + 63) & ~63)
         if self.ring == NULL:
             raise MemoryError
         memset(self.ring, 0, sizeof(Ring))
         self.ring.control.size = size
+        self.call_costs = calls if calls is not None else Calls()
+        self.ring.costs = &self.call_costs.costs
         self.features = features
         self.ring.control.packed = features >> Feature.RING_PACKED & 1
         self.ring.control.in_order = features >> Feature.IN_ORDER & 1
@@ -432,6 +436,7 @@ cdef class Virtqueue:
         self._want_held()
         self._set_call_fd(fd)
         self.ring.worker.deaf = 0
+        self.ring.worker.dear_calls = 0
         self.notify()
 
     def notify(self) -> None:

@@ -5,6 +5,7 @@ this. How a ring lies in shared memory is known to `split` and `packed`.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy.memory.guest cimport LogMap, MemoryMap
+from vhostpy.system.calls cimport CallCosts
 
 cdef enum:
     # Where guest memory was written, until the dirty log is marked.
@@ -35,7 +36,8 @@ cdef struct WorkerSide:
     uint64_t deaf           # call_fd blocks: it is not written to any more
     uint32_t *kept          # packed: where publish() stores its position, or NULL
     uint16_t used_behind    # split: how far `base` contradicted used.idx when the ring started
-    uint16_t padding[3]
+    uint16_t dear_calls     # to this call_fd, one after the other
+    uint16_t padding[2]
 
 cdef struct ControlSide:
     # Written by control while the ring is held.
@@ -66,6 +68,7 @@ cdef struct Ring:
     ControlSide control
     uint64_t desc_log_gpa   # packed
     uint64_t used_log_gpa
+    CallCosts *costs        # of all rings behind its socket
     LoggedRange ranges[LOGGED_RANGES]
 
 cdef struct DriverRing:

@@ -1,7 +1,8 @@
 """What an end of a virtqueue does, however the ring is laid out: logs and notifies."""
+from vhostpy.system.calls cimport Call, begin_call, end_call
 from vhostpy.system.hw cimport fence_full, unlikely
 from vhostpy.memory.guest cimport log_mark
-from vhostpy.system.notify cimport sound_bell, signal_eventfd, signal_socket
+from vhostpy.system.notify cimport BLOCKS, SIGNALLED, sound_bell, signal_eventfd, signal_socket
 
 # Our own invariant; sizeof is a constant, so this costs nothing but says it early.
 assert sizeof(WorkerSide) == 64 and sizeof(ControlSide) == 64
@@ -33,13 +34,22 @@ cdef void log_collect(Ring *ring, uint64_t gpa, uint64_t length) noexcept nogil:
 cdef void call_driver(Ring *ring) noexcept nogil:
     # Whoever received the fd has made it O_NONBLOCK: a hostile counter is full, and the
     # write fails. Any failure is the other end's own: it is the one who hears nothing.
-    if ring.control.call_fd >= 0 and not ring.worker.deaf:
-        ring.worker.calls += 1
-        if unlikely(ring.control.call_is_socket):
-            signal_socket(ring.control.call_fd)
-        elif unlikely(not signal_eventfd(ring.control.call_fd)):
+    cdef Call call
+    cdef int how
+    if ring.control.call_fd < 0 or ring.worker.deaf:
+        return
+    if unlikely(not begin_call(ring.costs, &call)):
+        return
+    ring.worker.calls += 1
+    if unlikely(ring.control.call_is_socket):
+        how = signal_socket(ring.control.call_fd)
+    else:
+        how = signal_eventfd(ring.control.call_fd)
+        if unlikely(how == BLOCKS):
             ring.worker.deaf = 1
             sound_bell()
+    if unlikely(end_call(ring.costs, &call, &ring.worker.dear_calls, how == SIGNALLED)):
+        sound_bell()
 
 
 cdef void break_ring(Ring *ring) noexcept nogil:

@@ -22,11 +22,6 @@ cdef struct Turn:
     bint apart             # of a worker for those whose memory is slow
     int worker             # index of the worker
 
-cdef inline uint64_t longer(uint64_t span, uint64_t stall) noexcept nogil:
-    """For how long whoever caused a stall is kept away, after `span` the last time: so that
-    it costs others a hundredth of their time at first, and then less and less."""
-    return min(max(span << 1, stall * 100), <uint64_t>1 << 41)
-
 cdef class Conduct:
     # How the memory of one device has behaved: it outlives the device's rings. Written by
     # the workers that poll them: what one of them loses by another does not matter.

@@ -3,6 +3,7 @@ from libc.stdint cimport uint64_t
 
 from vhostpy.ring.chain cimport Scratch, scratch_free, scratch_make
 from vhostpy.system.hw cimport ticks
+from vhostpy.system.suspicion cimport longer
 
 
 cdef class Conduct:

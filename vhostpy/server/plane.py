@@ -8,6 +8,7 @@ changes it and lets it go again.
 import asyncio
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import socket
@@ -27,10 +28,11 @@ from vhostpy.ring.inflight import InflightArea
 from vhostpy.ring.parts import first_base, is_packed
 from vhostpy.ring.positions import KeptPosition
 from vhostpy.ring.resume import reconcile
-from vhostpy.session import effects as e
 from vhostpy.session.ring import StopReason
 from vhostpy.session.session import Session
+from vhostpy.session.session import effects as e
 from vhostpy.system.aside import aside
+from vhostpy.system.calls import Calls
 from vhostpy.system.fds import OwnedFd, is_eventfd, kind_of
 from vhostpy.system.notify import is_unix_socket, signal_once
 
@@ -61,9 +63,10 @@ class RunningRing:
 class DataPlane:
     """What one session owns of the data plane."""
 
-    def __init__(self, device: Device, session: Session) -> None:
+    def __init__(self, device: Device, session: Session, calls: Calls) -> None:
         self.device = device
         self.session = session
+        self.calls = calls
         self.workers = device.workers
         self.memory: GuestMemory | None = None
         self.log: DirtyLog | None = None
@@ -79,6 +82,8 @@ class DataPlane:
         self.leftovers: list[OwnedFd] = []
         # What close() could not end: words, or errors.
         self.hung: list[object] = []
+        self._call_again: asyncio.TimerHandle | None = None
+        self._pause_calls()
 
     async def carry_out(self, effect: e.Effect) -> None:
         """Does what `effect` says. StopRing has a result: see `stop_ring`."""
@@ -169,6 +174,30 @@ class DataPlane:
                 )
             if ring.virtqueue.broken and not self.session.rings[index].broken:
                 self._broken(index, *_why_broken(ring.virtqueue))
+        if self.calls.is_news():
+            self._pause_calls()
+            log.warning(
+                "%s: a call to its driver takes %.1f ms of a worker's time: none is made for %.1f s"
+                "\n  next: see what watches the front-end's call fds; very many epolls do this",
+                self.device.name,
+                self.calls.dear_ms,
+                self.calls.pause_s,
+            )
+
+    def _pause_calls(self) -> None:
+        """Where none are made for a while: a call for each ring follows, for all left out."""
+        if self._call_again is not None:
+            self._call_again.cancel()
+            self._call_again = None
+        if self.calls.pause_s:
+            loop = asyncio.get_running_loop()
+            self._call_again = loop.call_later(self.calls.pause_s, self._call_all)
+
+    def _call_all(self) -> None:
+        for index in self.rings:
+            call = self.session.rings[index].call
+            if call is not None:
+                _signal(call)
 
     def _broken(self, index: int, why: str, hint: str) -> None:
         """Says that nothing is taken from a ring, and why, to all who may want to know."""
@@ -176,10 +205,12 @@ class DataPlane:
         state.broken = f"{why}; {hint}"
         log.warning("%s: ring %d: %s\n  next: %s", self.device.name, index, why, hint)
         if state.err is not None:
-            signal_once(state.err.fileno())
+            _signal(state.err)
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped until it has ended."""
+        if self._call_again is not None:
+            self._call_again.cancel()
         indexes = list(self.rings)
         drained = await asyncio.gather(
             *(self.device.ring_drain(index, DRAIN_DEADLINE_S) for index in indexes),
@@ -353,6 +384,7 @@ class DataPlane:
             used_uva=state.used_uva,
             base=state.base,
             call_fd=_call_fd(state.call),
+            calls=self.calls,
             log=dirty_log,
             used_log_gpa=used_log_gpa,
         )
@@ -503,6 +535,14 @@ def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
         why = f"its descriptors are faulty ({fault_name(fault)})"
     hint = f"{SHARE_ALL}; then {RESET}" if fault == ChainFault.CHAIN_UNMAPPED else RESET
     return f"a request cannot be answered: {why}; nothing is taken behind it", hint
+
+
+def _signal(fd: OwnedFd) -> None:
+    """Signals a front-end's fd, behind the event loop's back: whatever watches it may take long.
+
+    Nothing can close it before, as closing has to wait its turn too.
+    """
+    fd.account.closing.do(functools.partial(signal_once, fd.fileno()))
 
 
 def _close(fd: OwnedFd | None) -> None:

@@ -129,6 +129,10 @@ class Server:
             handshake: dict[str, Any] = {"handshake": "not connected", "waits_for": waits}
         else:
             handshake = connection.session.status()
+        if pause_s := self.account.calls.pause_s:
+            dear = f"{self.account.calls.dear_ms:.1f} ms of a worker's time"
+            paused = f"calls, each of which takes {dear}: none is made for {pause_s:.1f} s"
+            handshake["waits_for"] = "; ".join(filter(None, [handshake["waits_for"], paused]))
         return {
             "socket": where,
             "connected": connection is not None,
@@ -285,7 +289,7 @@ class Connection:
         self.account = account
         self.session = Session(device)
         self.session.front_end = peer_name(sock)
-        self.plane = DataPlane(device, self.session)
+        self.plane = DataPlane(device, self.session, account.calls)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self, settled: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vhostpy.errors import ProtocolError
 from vhostpy.system.background import Background
+from vhostpy.system.calls import Calls
 
 # All mappings together, of 128 TiB that a process has: a sparse file costs its sender nothing.
 ADDRESSES_MAX = 1 << 46
@@ -39,6 +40,7 @@ class Account:
         self.mapped_bytes = 0
         # Closes what may wait for somebody. One that hangs holds up this socket's alone.
         self.closing = Background("closing")
+        self.calls = Calls()  # what calling its drivers has cost
         # A collection may close an fd within: hence the R.
         self._lock = threading.RLock()
 
@@ -123,6 +125,7 @@ class Account:
             "mapped_bytes": self.mapped_bytes,
             "mapped_bytes_share": self.mapped_bytes_share,
             "closing": self.closing.left,
+            "calls_left_out": self.calls.left_out,
         }
 
 

@@ -1,10 +1,15 @@
 """Signals to fds that somebody else holds too: none waits for long."""
 
-cdef bint signal_eventfd(int fd) noexcept nogil
-# Adds one. False: it would have waited, and was interrupted; do not try again.
+cdef enum:
+    BLOCKS = 0              # it would have waited, and was interrupted; do not try again
+    SIGNALLED = 1
+    NOT_TAKEN = 2           # it was full, and so is readable, or nobody hears it
 
-cdef void signal_socket(int fd) noexcept nogil
-# Sends a Unix socket the eight bytes that an eventfd would give its reader.
+cdef int signal_eventfd(int fd) noexcept nogil
+# Adds one.
+
+cdef int signal_socket(int fd) noexcept nogil
+# Sends a Unix socket the eight bytes that an eventfd would give its reader. Never BLOCKS.
 
 cdef void sound_bell() noexcept nogil
 # Wakes control: a ring broke, or its call fd blocks.

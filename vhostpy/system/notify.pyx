@@ -81,11 +81,11 @@ cdef extern from *:
         return error;
     }
 
-    static void notify_send(int fd)
+    static int notify_send(int fd)
     {
         uint64_t one = 1;
         /* What is full is readable already; what is closed hears nothing. */
-        (void)!send(fd, &one, sizeof one, MSG_DONTWAIT | MSG_NOSIGNAL);
+        return send(fd, &one, sizeof one, MSG_DONTWAIT | MSG_NOSIGNAL) > 0;
     }
 
     /* Takes no lock that others can hold, as getsockname() would. */
@@ -176,7 +176,7 @@ cdef extern from *:
     enum: EINTR
     int notify_bell
     int notify_write(int) nogil
-    void notify_send(int) nogil
+    bint notify_send(int) nogil
     bint notify_is_unix_socket(int) nogil
     void notify_interrupt(long) nogil
     void notify_mask() nogil
@@ -188,12 +188,15 @@ if notify_bell < 0:
     raise OSError("eventfd")
 
 
-cdef bint signal_eventfd(int fd) noexcept nogil:
-    return notify_write(fd) != EINTR
+cdef int signal_eventfd(int fd) noexcept nogil:
+    cdef int error = notify_write(fd)
+    if error == 0:
+        return SIGNALLED
+    return BLOCKS if error == EINTR else NOT_TAKEN
 
 
-cdef void signal_socket(int fd) noexcept nogil:
-    notify_send(fd)
+cdef int signal_socket(int fd) noexcept nogil:
+    return SIGNALLED if notify_send(fd) else NOT_TAKEN
 
 
 cdef void sound_bell() noexcept nogil:
@@ -226,7 +229,8 @@ def bell_fd() -> int:
 
 
 def signal_once(fd: int) -> bool:
-    """Adds one to a front-end's eventfd, from control, unless it is full; False: it blocks.
+    """Signals a front-end's eventfd or Unix socket, from control, unless it is full; False: it
+    blocks.
 
     Control looks for room first. A worker does not: that would be another system call a
     burst, and costs only its own attacker, whose session ends.
@@ -235,6 +239,8 @@ def signal_once(fd: int) -> bool:
     cdef bint done = True
     with nogil:
         notify_start()
-        if notify_has_room(number):
-            done = signal_eventfd(number)
+        if notify_is_unix_socket(number):
+            notify_send(number)
+        elif notify_has_room(number):
+            done = signal_eventfd(number) != BLOCKS
     return done
