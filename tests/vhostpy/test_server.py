@@ -207,3 +207,16 @@ def test_status_names_the_program_that_has_connected(disk, tmp_path):
         eventually(lambda: one.status()["connected"], "the connection")
         assert one.status()["front_end"] == "31movs-x"
         peer.communicate()
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [(1, "disk: works again"), (4, "disk: works again; the errors before came 3 more times")],
+)
+def test_what_works_again_says_how_many_errors_were_left_out_if_any_were(times, said, caplog):
+    caplog.set_level("INFO", "vhostpy")
+    failures = server.Failures("disk")
+    for _ in range(times):
+        failures.add("%s: session ended: %s", "no memory")
+    failures.over()
+    assert caplog.messages == ["disk: session ended: no memory", said]

@@ -270,9 +270,8 @@ class Failures:
     def over(self) -> None:
         """A session lasts, or ended well."""
         if self._said:
-            log.info(
-                "%s: works again; the errors before came %d more times", self.name, self._unsaid
-            )
+            more = f"; the errors before came {self._unsaid} more times" if self._unsaid else ""
+            log.info("%s: works again%s", self.name, more)
         self._said.clear()
         self._unsaid = 0
 
