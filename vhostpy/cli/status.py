@@ -4,7 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from vhostpy.cli.options import Parser, add_target_flags
-from vhostpy.cli.target import LIST_TIMEOUT_S, ask, cell, duration, percent, print_json, show, table
+from vhostpy.cli.target import (
+    LIST_TIMEOUT_S,
+    ask,
+    ask_at,
+    cell,
+    duration,
+    percent,
+    print_json,
+    show,
+    table,
+)
 from vhostpy.errors import VhostpyError
 from vhostpy.site import control
 
@@ -51,8 +61,7 @@ def _list(as_json: bool) -> int:
 def _summary(name: str, path: Path) -> dict[str, Any]:
     """One process in the list, for people and for programs."""
     try:
-        with control.Client(path, LIST_TIMEOUT_S) as client:
-            status = client.ask("status")
+        status = ask_at(path, "status", LIST_TIMEOUT_S)
     except VhostpyError as error:
         return {"name": name, "control": str(path), "error": str(error.args[0])}
     sockets = status["sockets"]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vhostpy.cli import output
+from vhostpy.cli import answers, output
 from vhostpy.errors import ConfigError, VhostpyError
 from vhostpy.site import control
 from vhostpy.system.lines import printable
@@ -29,8 +29,13 @@ def ask(
 
     `kind`: only a process of this kind can be meant.
     """
-    with control.Client(_target(options, verb, kind)) as client:
-        return client.ask(verb, **arguments)
+    return ask_at(_target(options, verb, kind), verb, **arguments)
+
+
+def ask_at(path: Path, verb: str, timeout_s: float = control.CLIENT_S, **arguments: Any) -> Any:
+    """The same of the process at `path`. Raises ControlError for what cannot be shown."""
+    with control.Client(path, timeout_s) as client:
+        return answers.check(path, verb, client.ask(verb, **arguments))
 
 
 def _target(options: argparse.Namespace, verb: str, kind: str | None) -> Path:
@@ -76,8 +81,7 @@ def _known(running: dict[str, Path]) -> dict[str, dict[str, Any]]:
     failure: VhostpyError | None = None
     for name, path in running.items():
         try:
-            with control.Client(path, LIST_TIMEOUT_S) as client:
-                known[name] = client.ask("status")
+            known[name] = ask_at(path, "status", LIST_TIMEOUT_S)
         except VhostpyError as error:
             failure = error
     if not known and failure is not None:

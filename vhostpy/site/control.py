@@ -320,7 +320,13 @@ class Client:
             data = self._socket.recv(1 << 20)
             if not data:
                 raise ControlError(f"{self.path}: the process closed the connection")
-            for message in self._decoder.feed(data):
+            try:
+                message = next(self._decoder.feed(data), None)
+            except ControlError as error:
+                raise ControlError(
+                    f"{self.path}: {error.args[0]}", "see which process serves this socket"
+                ) from None
+            if message is not None:
                 return self._result(message)
 
     def _result(self, message: Any) -> Any:

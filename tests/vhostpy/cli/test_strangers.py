@@ -1,12 +1,18 @@
 """What strangers make up, on the operator's terminal and in his log."""
 
+import contextlib
 import os
 import re
 import socket
 import threading
+from pathlib import Path
+
+import pytest
 
 from tests.vhostpy.cli.commands import Running, run
+from vhostpy import cli
 from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy.cli import answers
 from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.protocol.codec import FrontEndRequest
 from vhostpy.protocol.payloads import VringState
@@ -75,18 +81,113 @@ def test_a_process_that_lies_steers_no_terminal(place):
         "switch": {EVIL: EVIL},
         "sockets": [{
             **dict.fromkeys(("name", "socket", "handshake", "waits_for", "sessions"), EVIL),
+            "connected": EVIL,
             "device": {EVIL: EVIL},
         }],
     }  # fmt: skip
     port = {"port": EVIL, "kind": EVIL, "socket": EVIL}
-    answers = {
+    answers_of = {
         "status": status,
         "stats": [{**port, "queues": [{"index": EVIL, EVIL: 1}], "latency": {}}],
         "workers": [],
         "fdb_flush": {"flushed": EVIL},
     }
 
-    def serve(listener):
+    def reply(message):
+        if message["do"] == "fdb":
+            return control.refusal(message["id"], control.ControlError(EVIL, EVIL))
+        return {"ok": True, "result": answers_of[message["do"]]}
+
+    with liar("liar", reply):
+        for words, failed in (("status", 0), ("stats", 0), ("fdb flush", 0), ("fdb show", 1)):
+            result = run(*words.split(), "--control", "liar")
+            assert result.returncode == failed, result.stderr
+            shown = result.stdout + result.stderr
+            assert all(c.isprintable() or c == "\n" for c in shown), words
+            assert r"\x1b[2J" in shown
+            assert not re.search(r"^vhostpy net: vu1: forged", shown, re.M)
+
+
+NOBODY = {"name": 1, "version": 1, "pid": 1, "kind": "net", "uptime_s": 1, "memory_bytes": 1}
+DISK = {**NOBODY, "kind": "blk", "workers": [], "sockets": []}
+# What is answered to a verb, and what is said of it.
+GARBAGE = [
+    ("status", {}, "name is missing"),
+    ("status", None, "the answer is nothing, expected a map"),
+    ("status", [], "the answer is a list, expected a map"),
+    ("status", {**NOBODY, "workers": []}, "sockets is missing"),
+    ("status", {**NOBODY, "workers": 7, "sockets": []}, "workers is a whole number"),
+    ("status", {**NOBODY, "workers": [{}], "sockets": []}, "workers[0].index is missing"),
+    ("status", {**DISK, "sockets": [7]}, "sockets[0] is a whole number, expected a map"),
+    ("status", {**DISK, "uptime_s": "long"}, "uptime_s is text, expected a whole number or"),
+    ("status", {**DISK, "uptime_s": float("inf")}, "uptime_s is inf, expected a number"),
+    ("status", {**DISK, "switch": []}, "switch is a list, expected a map"),
+    ("status", {**DISK, "more": b"\xff"}, "more is bytes"),
+    ("status --json", {**DISK, "more": [b""]}, "more[0] is bytes"),
+    ("stats", [{}], "the answer[0].port is missing"),
+    ("stats", {}, "the answer is a map, expected a list"),
+    ("fdb show", [{"vlan": 1}], "the answer[0].mac is missing"),
+    ("fdb flush", {}, "flushed is missing"),
+    ("limit", {"port": "x", "requests_per_s": None, "bytes_per_s": "many"}, "burst_s is missing"),
+    ("resize", {"port": "x"}, "size_before_bytes is missing"),
+]
+
+
+@pytest.mark.parametrize(("words", "answer", "wrong"), GARBAGE)
+def test_an_answer_that_lacks_something_is_one_error(words, answer, wrong, place, capsys):
+    verb = words.split()[0]
+    kind = "blk" if verb in ("limit", "resize") else "net"
+
+    def reply(message):
+        asked = message["do"] == "status" and verb != "status"
+        return {"ok": True, "result": {**DISK, "kind": kind} if asked else answer}
+
+    with liar("liar", reply):
+        assert cli.main([*words.split(), "--control", "liar"]) == 1
+    error = capsys.readouterr().err
+    assert "error: liar: cannot understand the answer to" in error
+    assert wrong in error
+    assert "next: restart that process with this version, vhostpy" in error
+    assert error.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "wrong"),
+    [
+        (b"\0\0\0\1\xc1", "liar: not a message"),
+        (b"\xff\xff\xff\xff", "liar: a message of 4294967295 bytes"),
+        (b"\0\0\0\1\x90", "liar: answers with list, not a map"),
+        (b"\0\0\0\1\x80", "None"),
+    ],
+)
+def test_an_answer_that_is_none_is_one_error(reply, wrong, place, capsys):
+    with liar("liar", lambda message: reply):
+        assert cli.main(["status", "--control", "liar"]) == 1
+    error = capsys.readouterr().err
+    assert wrong in error and "Traceback" not in error
+
+
+def test_a_stranger_among_those_that_run_is_one_row(place, capsys):
+    (place / "vhostpy").mkdir()
+    with liar("vhostpy/liar.sock", lambda message: {"ok": True, "result": {"sockets": 1}}):
+        assert cli.main(["status"]) == 0
+    shown = capsys.readouterr().out
+    assert "liar" in shown and "cannot understand the answer to 'status'" in shown
+
+
+def test_nesting_without_end_is_refused():
+    deep = []
+    for _ in range(500):
+        deep = [deep]
+    with pytest.raises(control.ControlError, match="too many maps and lists"):
+        answers.check(Path("liar"), "fdb", deep)
+
+
+@contextlib.contextmanager
+def liar(path, reply):
+    """A process that answers every request as `reply` says: a message, or bytes."""
+
+    def serve():
         while True:
             decoder = control.Decoder()
             try:
@@ -96,24 +197,18 @@ def test_a_process_that_lies_steers_no_terminal(place):
             with connection:
                 while data := connection.recv(4096):
                     for message in decoder.feed(data):
-                        if message["do"] == "fdb":
-                            error = control.ControlError(EVIL, EVIL)
-                            connection.sendall(control.refusal(message["id"], error))
-                        else:
-                            result = {"ok": True, "result": answers[message["do"]]}
-                            connection.sendall(control.encode(result))
+                        answer = reply(message)
+                        if not isinstance(answer, bytes):
+                            answer = control.encode(answer)
+                        connection.sendall(answer)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind("liar")
+        listener.bind(path)
         listener.listen()
-        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        for words, failed in (("status", 0), ("stats", 0), ("fdb flush", 0), ("fdb show", 1)):
-            result = run(*words.split(), "--control", "liar")
-            assert result.returncode == failed, result.stderr
-            shown = result.stdout + result.stderr
-            assert all(c.isprintable() or c == "\n" for c in shown), words
-            assert r"\x1b[2J" in shown
-            assert not re.search(r"^vhostpy net: vu1: forged", shown, re.M)
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
