@@ -28,9 +28,9 @@ from vhostpy.ring.inflight import InflightArea
 from vhostpy.ring.parts import first_base, is_packed
 from vhostpy.ring.positions import KeptPosition
 from vhostpy.ring.resume import reconcile
+from vhostpy.session import effects as e
 from vhostpy.session.ring import StopReason
 from vhostpy.session.session import Session
-from vhostpy.session.session import effects as e
 from vhostpy.system.aside import aside
 from vhostpy.system.calls import Calls
 from vhostpy.system.fds import OwnedFd, is_eventfd, kind_of
