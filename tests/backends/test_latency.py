@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.backends.guest import DISCARD, FLUSH, IN, OK, OUT, eventually
 from tests.backends.machine import Machine
 from tests.gate import GateStorage
-from vhostpy.backends import latency
+from vhostpy.backends.blk import latency
 
 
 @given(st.integers(0, 2**64 - 1))
