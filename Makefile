@@ -1,11 +1,14 @@
 # Everything starts here: `make` lists the targets. Each installs what it needs first.
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
+# Two at a time, a file by one process: most tests wait more than they work.
+TWO    := -n 2 --dist loadfile
+GUESTS := tests/peers tests/test_install.py
 BUILD  := VHOSTPY_BENCH=1 $(PYTHON) setup.py -q build_ext --inplace
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-long test-asan test-ceph bench bench-builds bench-peers lint annotate clean \
-	distclean
+.PHONY: help build demo quick test test-long test-asan test-ceph bench bench-builds bench-peers lint \
+	annotate clean distclean
 
 help:           ## lists the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,10 +22,16 @@ demo:           ## two real guests on our switch, one with our disk; prints a ta
 	@$(call compile,release,)
 	@$(PYTHON) -m tests.peers.demo
 
-test:           ## all tests, guests included; some 20 minutes on two cores
+quick:          ## all tests but those with guests; 3 minutes on two cores
 	@tests/peers/install.sh test
 	@$(call compile,release,)
-	@$(PYTEST) -m "not long"
+	@$(PYTEST) $(TWO) -m "not long" $(addprefix --ignore=,$(GUESTS))
+
+test:           ## all tests; 7 minutes on two cores
+	@tests/peers/install.sh test
+	@$(call compile,release,)
+	@$(PYTEST) $(TWO) -m "not long" $(GUESTS)
+	@$(PYTEST) $(TWO) -m "not long" $(addprefix --ignore=,$(GUESTS))
 
 test-long:      ## soaks: hundreds of resets, kills and migrations; firmware; QEMU 11
 	@tests/peers/install.sh long

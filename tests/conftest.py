@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -16,6 +18,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """tests/ceph wants Ceph's packages: only where it is named, as make test-ceph does."""
     named = any("ceph" in word for word in config.args)
     return True if collection_path.name == "ceph" and not named else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Where everything is to be tested, what could not be has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and "CI" in os.environ:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped: {report.longrepr[2]}"
+    return report
 
 
 def pytest_configure(config: pytest.Config) -> None:
