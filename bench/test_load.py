@@ -13,7 +13,7 @@ from tests.serving import serving
 from vhostpy.load import net
 from vhostpy.load.net_loop import Touch
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 
 
 @needs_two_cores

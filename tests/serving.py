@@ -6,7 +6,7 @@ import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 
 
 class Loop:

@@ -145,7 +145,7 @@ def main(sockets: list[str]) -> None:
     from vhostpy.backends.blk.device import Disk
     from vhostpy.backends.storage.null import NullStorage
     from vhostpy.runtime.pool import Workers
-    from vhostpy.server.server import Server
+    from vhostpy.server.listen import Server
     from vhostpy.site.site import App
 
     raise_fd_limit()

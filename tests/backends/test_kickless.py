@@ -14,7 +14,7 @@ from vhostpy.backends.net.device import NetDevice
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.vswitch.switch import Switch
 
 

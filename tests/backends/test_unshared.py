@@ -23,7 +23,7 @@ from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.memory.guest import DirtyLog
 from vhostpy.ring.inflight import region_bytes
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
 
 SHARED, DIMM = (0x10_0000, 8 << 20), (1 << 32, 8 << 20)

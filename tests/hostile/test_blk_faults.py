@@ -30,7 +30,7 @@ from vhostpy.backends.blk.device import Disk
 from vhostpy.memory.guest import DirtyLog
 from vhostpy.ring.inflight import region_bytes
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
 
 HEADER = (STATUS, 16)

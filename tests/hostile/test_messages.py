@@ -38,7 +38,7 @@ from vhostpy.protocol.payloads import (
     VringState,
 )
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
 
 FEATURES = 1 << Feature.VERSION_1 | 1 << Feature.EVENT_IDX

@@ -40,13 +40,13 @@ def eventually(condition: Callable[[], Any], what: str = "it", deadline_s: float
 def serve(directory: Path, ports: int) -> None:
     """Until SIGTERM: ports good0, good1 and canary, disk gooddisk, and their bad neighbours."""
     from vhostpy.runtime.pool import Workers
-    from vhostpy.server import server
-    from vhostpy.server.server import Server
+    from vhostpy.server import listen
+    from vhostpy.server.listen import Server
     from vhostpy.site.site import App, log_to_stderr, raise_fd_limit
     from vhostpy.system import lines
 
     # Every session's error is looked for.
-    server.REPEATS = server.CAUSES_MAX = lines.BURST = 1 << 30
+    listen.REPEATS = listen.CAUSES_MAX = lines.BURST = 1 << 30
     gc.disable()  # what only a collection would free, counts as lost
     raise_fd_limit()
     log_to_stderr("victim", "info")

@@ -17,7 +17,7 @@ from vhostpy.backends.storage.null import NullStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.backends.storage.storage import Op
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]
 

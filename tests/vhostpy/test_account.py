@@ -15,7 +15,7 @@ from vhostpy.memory.mapping import Mapping
 from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.codec import encode
 from vhostpy.protocol.payloads import VringFile
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.site.site import App
 from vhostpy.system import account
 from vhostpy.system.account import Account

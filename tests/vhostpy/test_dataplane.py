@@ -30,9 +30,9 @@ from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.codec import encode
 from vhostpy.protocol.payloads import VringFile, VringState
 from vhostpy.ring.parts import first_base
+from vhostpy.server import connection as connection_module
 from vhostpy.server import plane as dataplane
-from vhostpy.server import server as server_module
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
 from vhostpy.vswitch.switch import Switch
 
@@ -484,7 +484,7 @@ def test_requests_that_hang_are_not_done_again_before_they_have_ended(
 ):
     """And the operator hears of each cause once, however often the front-end tries."""
     monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
-    monkeypatch.setattr(server_module, "SETTLED_S", 0.05)
+    monkeypatch.setattr(connection_module, "SETTLED_S", 0.05)
     caplog.set_level(logging.INFO, "vhostpy")
 
     async def hung_requests() -> int:  # on the thread that the disk belongs to

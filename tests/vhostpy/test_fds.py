@@ -22,8 +22,8 @@ from vhostpy.protocol.codec import Decoder, encode
 from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.payloads import VringFile, VringState
 from vhostpy.runtime.pool import Workers
-from vhostpy.server import server
-from vhostpy.server.server import Server
+from vhostpy.server import listen
+from vhostpy.server.listen import Server
 from vhostpy.system.account import Account
 from vhostpy.system.fds import FDS_MAX, FREED_AT_ONCE_BYTES, OwnedFd, freeing, receive, send
 
@@ -162,7 +162,7 @@ def unread(guest: FrontEnd, fd: int) -> None:
 def test_who_sends_a_lingering_socket_is_refused_until_it_is_closed(
     attack, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(server, "HANDOVER_S", 0.1)
+    monkeypatch.setattr(listen, "HANDOVER_S", 0.1)
     workers = Workers()
     workers.start()
     paths = [str(tmp_path / name) for name in ("bad", "good")]

@@ -17,7 +17,7 @@ from vhostpy.memory.guest import DirtyLog
 from vhostpy.protocol.codec import FrontEndRequest, encode
 from vhostpy.protocol.payloads import VringState
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
 
 SIZE = 1 << 20

@@ -16,7 +16,8 @@ from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.memory.guest import GuestMemory, RegionInfo
 from vhostpy.memory.mapping import Mapping
 from vhostpy.protocol.payloads import MemoryRegion
-from vhostpy.server.server import Connection, Server
+from vhostpy.server.connection import Connection
+from vhostpy.server.listen import Server
 from vhostpy.session.regions import Spans
 from vhostpy.vswitch.switch import Switch
 

@@ -17,7 +17,7 @@ from vhostpy.errors import GuestError
 from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.ring.positions import Keeper
 from vhostpy.ring.resume import reconcile
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 
 SIZE = 64
 

@@ -18,8 +18,8 @@ from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.protocol.codec import FrontEndRequest, encode
-from vhostpy.server import server
-from vhostpy.server.server import Server
+from vhostpy.server import connection, listen
+from vhostpy.server.listen import Server
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def refuses(one: Server, text: str) -> None:
 
 
 def test_a_second_front_end_is_hung_up_on_and_the_first_goes_on(disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "HANDOVER_S", 0.05)
+    monkeypatch.setattr(listen, "HANDOVER_S", 0.05)
     path = str(tmp_path / "s")
     with serving(Server(disk, path=path)), FrontEnd(path) as first:
         assert answers(first)
@@ -133,7 +133,7 @@ def test_who_finds_a_socket_in_use_leaves_no_trace_there(disk, workers, tmp_path
 
 
 def test_a_front_end_that_takes_no_answers_stops_only_itself(disk, workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection, "SEND_TIMEOUT_S", 0.2)
     other = Disk("other", RamStorage(1 << 20), workers, queues=4)
     paths = [str(tmp_path / name) for name in ("deaf", "innocent")]
     deaf_server = Server(disk, path=paths[0])
@@ -152,7 +152,7 @@ def test_a_front_end_that_takes_no_answers_stops_only_itself(disk, workers, tmp_
 def test_a_shortage_of_fds_ends_neither_the_listener_nor_the_session(
     disk, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(server, "SHORTAGE_S", 0)
+    monkeypatch.setattr(listen, "SHORTAGE_S", 0)
     path = str(tmp_path / "s")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serving(Server(disk, path=path)), FrontEnd(path) as first:

@@ -12,7 +12,7 @@ from tests.serving import serving
 from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError
-from vhostpy.server import server
+from vhostpy.server import listen
 from vhostpy.system.unixsocket import remove_if
 
 
@@ -46,14 +46,14 @@ def swap(monkeypatch):
             while work:
                 work.pop()(path)
 
-    monkeypatch.setattr(server.socket, "socket", Watched)
+    monkeypatch.setattr(listen.socket, "socket", Watched)
     return work.append
 
 
 def test_the_socket_gets_its_mode_and_its_group(tmp_path):
     path, group = str(tmp_path / "s"), some_group()
     for mode, name in ((0o660, group.gr_name), (0o606, None)):
-        server._listen(path, mode, name).close()
+        listen._listen(path, mode, name).close()
         gid = os.getegid() if name is None else group.gr_gid
         assert facts(path) == (mode, gid)
         os.unlink(path)
@@ -79,7 +79,7 @@ def test_what_somebody_puts_in_the_sockets_place_keeps_its_mode_and_group(tmp_pa
 
         swap(in_its_place)
         with pytest.raises(ConfigError):
-            server._listen(path, 0o666, some_group().gr_name)
+            listen._listen(path, 0o666, some_group().gr_name)
         assert facts(path) == before
 
 
@@ -95,13 +95,13 @@ def test_a_directory_that_turns_into_a_link_meanwhile_leads_nowhere_else(tmp_pat
 
         swap(elsewhere)
         with pytest.raises(ConfigError, match="somebody has put something else"):
-            server._listen(str(tmp_path / "mine" / "s"), 0o666, None)
+            listen._listen(str(tmp_path / "mine" / "s"), 0o666, None)
         assert facts(tmp_path / "yours" / "s")[0] == 0o600
 
 
 def test_only_our_own_socket_is_removed_at_the_end(tmp_path, workers):
     path = tmp_path / "s"
-    with serving(server.Server(Disk("d", RamStorage(1 << 20), workers), path=str(path))):
+    with serving(listen.Server(Disk("d", RamStorage(1 << 20), workers), path=str(path))):
         path.unlink()
         others = listener_at(path)
     assert path.exists()

@@ -18,7 +18,7 @@ from tests.serving import serving
 from tests.vswitch.traffic import Ledger, Station, mac_of
 from vhostpy.backends.net.device import NetDevice
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.vswitch.switch import Switch
 
 PAIRS = 2

@@ -117,7 +117,7 @@ def _build(options: argparse.Namespace) -> "App":
     from vhostpy.backends.blk.device import Disk
     from vhostpy.runtime.limits import Settings
     from vhostpy.runtime.pool import Workers
-    from vhostpy.server.server import Server
+    from vhostpy.server.listen import Server
     from vhostpy.site.site import App
 
     storage = _open_storage(options)

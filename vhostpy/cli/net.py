@@ -72,7 +72,7 @@ def _parser(program: str) -> Parser:
 def _build(options: argparse.Namespace) -> "App":
     from vhostpy.backends.net.device import NetDevice
     from vhostpy.runtime.pool import Workers
-    from vhostpy.server.server import Server
+    from vhostpy.server.listen import Server
     from vhostpy.site.site import App
     from vhostpy.vswitch.switch import Switch
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vhostpy.backends.storage.storage import Storage
     from vhostpy.ring.positions import Keeper
     from vhostpy.runtime.pool import Workers
-    from vhostpy.server.server import Server
+    from vhostpy.server.listen import Server
     from vhostpy.vswitch.switch import Switch
 
 log = logging.getLogger("vhostpy")

@@ -258,7 +258,7 @@ def test_the_tables_libraries_are_not_loaded_to_serve(place):
         )
         assert loaded.returncode == 0, loaded.stderr
         modules = set(loaded.stdout.split())
-        assert "vhostpy.server.server" in modules
+        assert "vhostpy.server.listen" in modules
         assert not {"rich", "pyroute2", "scapy", "importlib.metadata"} & modules
 
 

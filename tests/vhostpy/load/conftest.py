@@ -8,7 +8,7 @@ from tests.serving import serving
 from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.net.device import NetDevice
 from vhostpy.backends.storage.ram import RamStorage
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.vswitch.switch import Switch
 
 MIB = 1 << 20

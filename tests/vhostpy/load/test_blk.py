@@ -9,7 +9,7 @@ from vhostpy.backends.storage.file import FileStorage
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.errors import ConfigError
 from vhostpy.load import blk, report
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 
 LAYOUTS = ("split", "packed")
 MIB = 1 << 20

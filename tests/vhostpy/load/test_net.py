@@ -14,7 +14,7 @@ from vhostpy._spec import Feature
 from vhostpy.errors import ConfigError, ProtocolError
 from vhostpy.load import net, report
 from vhostpy.load.net_loop import FRAME_MAX, Touch, mac
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 
 LAYOUTS = ("split", "packed")
 
