@@ -16,8 +16,16 @@ from vhostpy.protocol.payloads import (
     VringFile,
     VringState,
 )
-from vhostpy.session.effects import Effect, Reply, StopRing
 from vhostpy.session.session import Session
+from vhostpy.session.steps import (
+    Expect,
+    MakeInflight,
+    Reply,
+    SetBackendChannel,
+    StartRing,
+    Step,
+    StopRing,
+)
 from vhostpy.system.fds import OwnedFd
 
 UVA = 0x7F00_0000_0000
@@ -90,7 +98,7 @@ def ring_address(index: int, *, uva: int = UVA, log: int = 0, **changes: int) ->
 class Talk:
     """Sends messages through the codec to a session and plays the data plane.
 
-    `fail` raises once, in the place of an effect of that type.
+    `fail` raises once, in the place of a step of that type. `comes` is what an `Expect` gets.
     """
 
     def __init__(self, device: Any = None) -> None:
@@ -99,7 +107,27 @@ class Talk:
         self.answers: list[Message] = []
         self.bases: dict[int, int] = {}
         self.running: set[int] = set()
-        self.fail: tuple[type[Effect], VhostpyError] | None = None
+        self.fail: tuple[type[Step[Any]], VhostpyError] | None = None
+        self.comes: list[Any] = []
+        self.channel: OwnedFd | None = None
+
+    def close(self) -> None:
+        """The session's end."""
+        self.session.close()
+        if self.channel is not None:
+            self.channel.close()
+
+    def hear(
+        self,
+        request: int,
+        payload: Any = b"",
+        fds: tuple[OwnedFd, ...] = (),
+        *,
+        need_reply: bool = False,
+    ) -> Message:
+        """A message as it comes out of the codec."""
+        (message,) = self.decoder.feed(encode(request, payload, need_reply=need_reply), fds)
+        return message
 
     def say(
         self,
@@ -108,27 +136,30 @@ class Talk:
         fds: tuple[OwnedFd, ...] = (),
         *,
         need_reply: bool = False,
-    ) -> list[Effect]:
-        """The effects of one message, answers left out: those are in `answers`, typed."""
-        (message,) = self.decoder.feed(encode(request, payload, need_reply=need_reply), fds)
-        return self.take(message)
-
-    def take(self, message: Message) -> list[Effect]:
-        """The same for a message that was decoded before."""
+    ) -> list[Step[Any]]:
+        """The steps of one message, answers left out: those are in `answers`, typed."""
+        message = self.hear(request, payload, fds, need_reply=need_reply)
         self.answers = []
-        effects: list[Effect] = []
-        error = None
+        done: list[Step[Any]] = []
+        steps = self.session.handle(message)
         try:
-            try:
-                for effect in self.session.handle(message):
-                    self._do(effect, effects)
-            except VhostpyError as caught:
-                error = caught
-            for effect in self.session.done(message, error):
-                self._do(effect, effects)
+            step = next(steps)
+            while True:
+                if not isinstance(step, Reply):
+                    done.append(step)
+                if self.fail is not None and isinstance(step, self.fail[0]):
+                    (_, error), self.fail = self.fail, None
+                    done.pop()
+                    try:
+                        step = steps.throw(error)
+                    finally:
+                        del error  # or frame and traceback keep each other, and fds, alive
+                else:
+                    step = steps.send(self.carry_out(step))
+        except StopIteration:
+            return done
         finally:
-            del error  # or frame and traceback keep each other, and fds, alive
-        return effects
+            steps.close()
 
     def ask(self, request: int, payload: Any = b"", fds: tuple[OwnedFd, ...] = ()) -> Any:
         """The payload of the one answer to a message that has need_reply set."""
@@ -137,35 +168,32 @@ class Talk:
         assert answer.request == request
         return answer.payload
 
-    def _do(self, effect: Effect, effects: list[Effect]) -> None:
-        if isinstance(effect, Reply):
-            wire = encode_reply(effect.request, effect.payload)
-            self.answers += Decoder(REPLIES_TO_FRONT_END).feed(wire, effect.fds)
-            return
-        if self.fail is not None and isinstance(effect, self.fail[0]):
-            (_, error), self.fail = self.fail, None
-            try:
-                raise error
-            finally:
-                del error
-        effects.append(effect)
-        name = type(effect).__name__
-        if name == "StartRing":
-            assert effect.index not in self.running
-            self.running.add(effect.index)
-        if isinstance(effect, StopRing):
-            self.running.remove(effect.index)
-            base = self.bases.get(
-                effect.index, self.session.base_of(self.session.rings[effect.index])
-            )
-            for follow_up in self.session.ring_stopped(effect.index, base):
-                self._do(follow_up, effects)
-        replaced = getattr(effect, "replaced", None)
-        if replaced is not None:
-            replaced.close()
-        for fd in (*getattr(effect, "fds", ()), getattr(effect, "fd", None)):
-            if fd is not None:
-                fd.close()
+    def carry_out(self, step: Step[Any]) -> Any:
+        """Plays whoever does it; returns the result."""
+        match step:
+            case Reply(request, payload, fds):
+                copies = [OwnedFd(os.dup(fd.fileno())) for fd in fds]
+                self.answers += Decoder(REPLIES_TO_FRONT_END).feed(
+                    encode_reply(request, payload), copies
+                )
+                for answer in self.answers:
+                    answer.close()
+            case Expect():
+                return self.comes.pop(0)
+            case StartRing(index):
+                assert index not in self.running
+                self.running.add(index)
+            case StopRing(index):
+                self.running.remove(index)
+                ring = self.session.rings[index]
+                return self.bases.get(index, self.session.base_of(ring))
+            case MakeInflight():
+                return eventfd()
+            case SetBackendChannel(fd):
+                if self.channel is not None:
+                    self.channel.close()
+                self.channel = fd.move()
+        return None
 
     # Shorter ways to say things ----------------------------------------------------------
 
@@ -175,29 +203,29 @@ class Talk:
         self.say(R.SET_OWNER)
         self.say(R.SET_FEATURES, U64(features))
 
-    def table(self, *regions: MemoryRegion) -> list[Effect]:
+    def table(self, *regions: MemoryRegion) -> list[Step[Any]]:
         return self.say(R.SET_MEM_TABLE, MemoryTable(regions), tuple(eventfd() for _ in regions))
 
-    def add(self, region: MemoryRegion) -> list[Effect]:
+    def add(self, region: MemoryRegion) -> list[Step[Any]]:
         return self.say(R.ADD_MEM_REG, SingleRegion(region), (eventfd(),))
 
-    def remove(self, region: MemoryRegion) -> list[Effect]:
+    def remove(self, region: MemoryRegion) -> list[Step[Any]]:
         return self.say(R.REM_MEM_REG, SingleRegion(region))
 
-    def num(self, index: int = 0, num: int = 256) -> list[Effect]:
+    def num(self, index: int = 0, num: int = 256) -> list[Step[Any]]:
         return self.say(R.SET_VRING_NUM, VringState(index, num))
 
-    def address(self, index: int = 0, **changes: int) -> list[Effect]:
+    def address(self, index: int = 0, **changes: int) -> list[Step[Any]]:
         return self.say(R.SET_VRING_ADDR, ring_address(index, **changes))
 
-    def kick(self, index: int = 0, *, poll: bool = False) -> list[Effect]:
+    def kick(self, index: int = 0, *, poll: bool = False) -> list[Step[Any]]:
         fds = () if poll else (eventfd(),)
         return self.say(R.SET_VRING_KICK, VringFile(index, not poll), fds)
 
-    def start(self, index: int = 0, num: int = 256) -> list[Effect]:
+    def start(self, index: int = 0, num: int = 256) -> list[Step[Any]]:
         return [*self.num(index, num), *self.address(index), *self.kick(index)]
 
-    def stop(self, index: int = 0) -> list[Effect]:
+    def stop(self, index: int = 0) -> list[Step[Any]]:
         return self.say(R.GET_VRING_BASE, VringState(index, 0))
 
 

@@ -27,7 +27,7 @@ def fresh(no_fd_leaks):
     """A session that has heard nothing."""
     talk = Talk()
     yield talk
-    talk.session.close()
+    talk.close()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def talk(no_fd_leaks):
     """A session with features and memory; no ring yet."""
     talk = ready()
     yield talk
-    talk.session.close()
+    talk.close()
 
 
 @pytest.fixture

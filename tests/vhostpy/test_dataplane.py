@@ -32,6 +32,7 @@ from vhostpy.protocol.payloads import VringFile, VringState
 from vhostpy.ring.parts import first_base
 from vhostpy.server import connection as connection_module
 from vhostpy.server import plane as dataplane
+from vhostpy.server.connection import Connection
 from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
 from vhostpy.vswitch.switch import Switch
@@ -105,6 +106,18 @@ def hang(guest: FrontEnd, disk: Disk) -> None:
     eventually(lambda: all(queue["inflight"] for queue in disk.status()["queues"]))
 
 
+def noted(disk: Disk, monkeypatch) -> list[int]:
+    """Which rings are, or were, drained from now on."""
+    draining, drain = [], disk.ring_drain
+
+    def ring_drain(index: int, deadline_s: float):
+        draining.append(index)
+        return drain(index, deadline_s)
+
+    monkeypatch.setattr(disk, "ring_drain", ring_drain)
+    return draining
+
+
 def disconnected(server: Server) -> None:
     """The session has been cleared away."""
     eventually(lambda: server.connection is None, "the session's end")
@@ -168,6 +181,36 @@ def test_a_port_serves_again_with_the_kick_fd_whose_successor_was_refused(
                 disconnected(server)
             # Not what the worker would have to look at for ever, since we keep the file.
             eventually(lambda: watched() == before, f"{before}, {watched()} now")
+
+
+def test_a_kick_fd_that_a_ring_goes_by_is_the_rings_though_the_server_closes_meanwhile(
+    disk, path, monkeypatch
+):
+    begun, go, given, at_the_end = threading.Event(), threading.Event(), [], []
+    ring_kick, ring_stopped = disk.ring_kick, disk.ring_stopped
+
+    def slow(index, kick_fd):
+        given.append(kick_fd)
+        begun.set()
+        go.wait(DEADLINE_S)
+        ring_kick(index, kick_fd)
+
+    def stopped(index):
+        at_the_end.append(connection.session.rings[index].kick.fileno())
+        ring_stopped(index)
+
+    monkeypatch.setattr(disk, "ring_kick", slow)
+    monkeypatch.setattr(disk, "ring_stopped", stopped)
+    server = Server(disk, path=path)
+    with serving(server) as loop, Attacker(path) as guest, eventfd() as kick:
+        connection = server.connection
+        guest.end.send_raw(encode(R.SET_VRING_KICK, VringFile(0, True)), [kick])
+        assert begun.wait(DEADLINE_S)
+        closing = asyncio.run_coroutine_threadsafe(server.close(), loop.loop)
+        eventually(lambda: connection not in Connection.open)
+        go.set()
+        closing.result(DEADLINE_S)
+    assert at_the_end == given
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -282,7 +325,7 @@ def test_a_ring_of_a_guest_that_migrates_starts_when_its_log_is_there(disk, path
         queue = guest.start_queue(0, 64)
         data = offer_read(guest, queue)
         guest.get_features()
-        assert server.connection.plane.rings == {}
+        assert server.connection.plane.virtqueues == {}
         with OwnedFd(os.memfd_create("log")) as log:
             os.ftruncate(log.fileno(), 4096)
             guest.set_log(log, 4096)
@@ -304,7 +347,7 @@ def test_the_log_is_forgotten_when_the_migration_ends(disk, path):
         assert plane.log is None
         guest.set_features(features)
         guest.start_queue(0, 64)
-        assert plane.rings == {}
+        assert plane.virtqueues == {}
 
 
 # Memory in which a page fault lasts ---------------------------------------------------------
@@ -347,8 +390,9 @@ def test_a_page_fault_of_a_ring_that_starts_holds_up_no_other_session(
 
 
 def test_a_worker_in_a_page_fault_holds_up_who_stops_a_disks_ring_and_no_other_session(
-    disk, workers, path, tmp_path
+    disk, workers, path, tmp_path, monkeypatch
 ):
+    draining = noted(disk, monkeypatch)
     slow = 0x100000 + (32 << 20)
     net = NetDevice("net", Switch(workers))
     servers = Server(net, path=path), Server(disk, path=str(tmp_path / "disk"))
@@ -368,7 +412,7 @@ def test_a_worker_in_a_page_fault_holds_up_who_stops_a_disks_ring_and_no_other_s
             page = faults.begun()
             stops = threading.Thread(target=other.stop_queue, args=[0])
             stops.start()
-            eventually(lambda: servers[1].connection.session.rings[0].stop_reason)
+            eventually(lambda: draining)
             assert guest.get_features()
             faults.end(page)
             stops.join()
@@ -426,15 +470,8 @@ def test_a_server_that_closes_while_rings_drain_leaves_none_behind(
     with serving(server) as loop, connect(path) as guest:
         hang(guest, hung_disk)
         connection = server.connection
-        virtqueues = [ring.virtqueue for ring in connection.plane.rings.values()]
-        draining = []
-        drain = hung_disk.ring_drain
-
-        def noted(index, deadline_s):
-            draining.append(index)
-            return drain(index, deadline_s)
-
-        monkeypatch.setattr(hung_disk, "ring_drain", noted)
+        virtqueues = list(connection.plane.virtqueues.values())
+        draining = noted(hung_disk, monkeypatch)
         if how == "stopping a ring":
             guest.send_raw(encode(R.GET_VRING_BASE, VringState(0, 0)))
         else:
@@ -459,7 +496,7 @@ def test_a_ring_whose_device_fails_to_drain_it_is_taken_away_all_the_same(
     with serving(server):
         with connect(path) as guest:
             guest.start_queue(0, 64)
-            virtqueue = server.connection.plane.rings[0].virtqueue
+            virtqueue = server.connection.plane.virtqueues[0]
             monkeypatch.setattr(disk, "ring_drain", defect)
         disconnected(server)
         assert not virtqueue.live

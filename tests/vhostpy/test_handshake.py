@@ -6,7 +6,7 @@ from tests.talk import FEATURES, LOG_ALL, PROTOCOL_FEATURES, REGION, eventfd
 from vhostpy.errors import SHARE_ON, ProtocolError
 from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.payloads import U64, Log, VringState
-from vhostpy.session.effects import SetMemory
+from vhostpy.session.steps import SetMemory
 
 
 def test_status_says_at_each_step_what_it_waits_for(fresh):

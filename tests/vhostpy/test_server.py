@@ -17,9 +17,13 @@ from vhostpy import errors
 from vhostpy.backends.blk.device import Disk
 from vhostpy.backends.storage.ram import RamStorage
 from vhostpy.frontend.frontend import FrontEnd
-from vhostpy.protocol.codec import FrontEndRequest, encode
+from vhostpy.protocol.codec import FrontEndRequest as R
+from vhostpy.protocol.codec import encode
+from vhostpy.protocol.payloads import U64
 from vhostpy.server import connection, listen
 from vhostpy.server.listen import Server
+from vhostpy.session.handlers import SERVED, Served
+from vhostpy.session.steps import Expect, Reply
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def disk(workers):
 
 def answers(guest: FrontEnd) -> bool:
     """Whether the back-end at the other end serves."""
-    return guest.request(FrontEndRequest.GET_QUEUE_NUM).value == 4
+    return guest.request(R.GET_QUEUE_NUM).value == 4
 
 
 def refuses(one: Server, text: str) -> None:
@@ -139,7 +143,7 @@ def test_a_front_end_that_takes_no_answers_stops_only_itself(disk, workers, tmp_
     deaf_server = Server(disk, path=paths[0])
     with serving(deaf_server, Server(other, path=paths[1])):
         with FrontEnd(paths[0]) as deaf, FrontEnd(paths[1]) as innocent:
-            question = encode(FrontEndRequest.GET_QUEUE_NUM)
+            question = encode(R.GET_QUEUE_NUM)
             deaf.sock.settimeout(5)
             with pytest.raises(OSError):
                 while True:  # until our own socket is full, and then closed by the other end
@@ -184,7 +188,7 @@ def test_a_defect_of_ours_costs_one_session_and_not_the_port(disk, tmp_path, mon
         before = open_fds()
         with Attacker(path) as guest:
             assert guest.request() == 0
-            virtqueue = one.connection.plane.rings[0].virtqueue
+            virtqueue = one.connection.plane.virtqueues[0]
             with pytest.raises(ConnectionError):
                 guest.end.set_config(32, b"\0")
             eventually(lambda: one.connection is None)
@@ -193,6 +197,41 @@ def test_a_defect_of_ours_costs_one_session_and_not_the_port(disk, tmp_path, mon
         assert "RuntimeError: a defect" in caplog.text
         with Attacker(path) as guest:
             assert guest.request() == 0
+
+
+@pytest.mark.parametrize("comes", ["acknowledgement", "another message", "another form", "end"])
+def test_a_handler_hears_the_message_that_must_come_next(
+    disk, tmp_path, monkeypatch, caplog, comes
+):
+    """As of postcopy, whose SET_MEM_TABLE is answered, and acknowledged by its like."""
+    heard = []
+
+    def handler(session, message):
+        yield Reply.pack(message.request, U64(5))
+        heard.append((yield Expect(R.SET_MEM_TABLE, U64)))
+
+    monkeypatch.setitem(SERVED, R.GET_QUEUE_NUM, Served(handler))
+    path = str(tmp_path / "s")
+    with serving(one := Server(disk, path=path)), FrontEnd(path) as guest:
+        assert guest.request(R.GET_QUEUE_NUM) == U64(5)
+        if comes == "acknowledgement":
+            guest.send_raw(encode(R.SET_MEM_TABLE, U64(7)))
+            assert guest.get_features()
+            assert heard == [U64(7)]
+            return
+        if comes != "end":
+            table = R.SET_MEM_TABLE, bytes(40)
+            guest.send_raw(encode(*(table if comes == "another form" else (R.SET_OWNER, b""))))
+            assert guest.hung_up()
+        guest.close()
+        eventually(lambda: one.connection is None)
+        assert heard == []
+        said = {
+            "another message": "SET_OWNER came, expected SET_MEM_TABLE",
+            "another form": "SET_MEM_TABLE: payload of 40 bytes, expected 8",
+            "end": "the front-end went, expected SET_MEM_TABLE",
+        }
+        assert said[comes] in caplog.text
 
 
 def test_status_names_the_program_that_has_connected(disk, tmp_path):
@@ -215,7 +254,7 @@ def test_status_names_the_program_that_has_connected(disk, tmp_path):
 )
 def test_what_works_again_says_how_many_errors_were_left_out_if_any_were(times, said, caplog):
     caplog.set_level("INFO", "vhostpy")
-    failures = server.Failures("disk")
+    failures = listen.Failures("disk")
     for _ in range(times):
         failures.add("%s: session ended: %s", "no memory")
     failures.over()

@@ -1,5 +1,7 @@
 """The session: what is answered and refused, and what holds whatever is said."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from tests.talk import (
     REGION,
     TOP,
     UVA,
+    FakeDevice,
     Talk,
     eventfd,
     eventfds,
@@ -39,7 +42,8 @@ from vhostpy.protocol.payloads import (
     VringFile,
     VringState,
 )
-from vhostpy.session.effects import SetLog, SetMemory, SetMtu
+from vhostpy.session.steps import Reply, SetLog, SetMemory, SetMtu, StartRing
+from vhostpy.system.fds import OwnedFd
 
 SETTERS = [
     (R.SET_FEATURES, U64(FEATURES), 0),
@@ -189,6 +193,94 @@ def test_what_needs_a_protocol_feature_is_refused_before_it_is_negotiated(fresh,
     assert fresh.session.regions == []
 
 
+# Steps ----------------------------------------------------------------------------------
+
+
+class Remembering(FakeDevice):
+    def protocol_features(self):
+        return super().protocol_features() | 1 << ProtocolFeature.INFLIGHT_SHMFD
+
+
+GONE = MemoryRegion(1 << 40, 1 << 20, 1 << 41, 0)
+# Rings 0 and 1 run; ring 2 lacks a kick fd, ring 3 memory.
+STEPPED = [
+    *(case for case in SETTERS if case[0] not in (R.RESET_OWNER, R.SET_VRING_KICK)),
+    (R.SET_VRING_KICK, VringFile(1, True), 1),
+    (R.SET_VRING_KICK, VringFile(2, True), 1),
+    (R.RESET_OWNER, Empty(), 0),
+    (R.SET_FEATURES, U64(FEATURES | LOG_ALL), 0),
+    (R.SET_VRING_ADDR, ring_address(1, log=1), 0),
+    (R.GET_VRING_BASE, VringState(1, 0), 0),
+    (R.SET_MEM_TABLE, MemoryTable((FAR_REGION,)), 1),
+    (R.ADD_MEM_REG, SingleRegion(GONE), 1),
+    (R.GET_INFLIGHT_FD, Inflight(0, 0, 4, 128), 0),
+    (R.SET_INFLIGHT_FD, Inflight(4096, 0, 4, 128), 1),
+    (R.GET_CONFIG, Config(0, 0, bytes(8)), 0),
+]
+STEPPED_IDS = [f"{request.name}-{i}" for i, (request, _, _) in enumerate(STEPPED)]
+
+
+def _stepped(request: int) -> Talk:
+    talk = Talk(Remembering())
+    talk.negotiate(protocol=PROTOCOL_FEATURES | 1 << ProtocolFeature.INFLIGHT_SHMFD)
+    talk.table(REGION, FAR_REGION)
+    if request != R.SET_INFLIGHT_FD:  # before any ring runs
+        for index in (0, 1):
+            talk.start(index)
+            talk.say(R.SET_VRING_ENABLE, VringState(index, index ^ 1))
+            for each in (R.SET_VRING_CALL, R.SET_VRING_ERR):
+                talk.say(each, VringFile(index, True), (eventfd(),))
+    talk.num(2)
+    talk.address(2)
+    if request != R.SET_INFLIGHT_FD:
+        talk.add(GONE)
+        talk.num(3)
+        talk.address(3, uva=GONE.uva)
+        talk.kick(3)
+        talk.remove(GONE)
+    return talk
+
+
+@pytest.mark.parametrize(("request_", "payload", "fds"), STEPPED, ids=STEPPED_IDS)
+@pytest.mark.parametrize("end", ["closed", "failed"])
+def test_handler_that_ends_at_any_step_keeps_no_fd_and_changes_nothing_before_it_succeeds(
+    no_garbage, end, request_, payload, fds
+):
+    everything = open_fds()
+    for last in itertools.count(1):
+        talk = _stepped(request_)
+        before, status, owned = open_fds(), talk.session.status(), eventfds(fds)
+        message = talk.hear(request_, payload, tuple(owned), need_reply=True)
+        steps = talk.session.handle(message)
+        seen, results, finished = [next(steps)], [], False  # which hold what they have
+        try:
+            for _ in range(last - 1):
+                results.append(talk.carry_out(seen[-1]))
+                seen.append(steps.send(results[-1]))
+            if end == "closed":
+                steps.close()
+            else:
+                while True:  # and no answer reaches anybody
+                    seen.append(steps.throw(GuestError("it fails")))
+        except StopIteration:
+            finished = True
+        except GuestError:
+            pass
+        assert all(fd.closed for fd in owned)
+        # A ring starts with what is known before; and so does who only answers.
+        if last == 1 and not isinstance(seen[0], StartRing | Reply):
+            assert open_fds() == before
+            assert end == "failed" or talk.session.status() == status
+        made = [result for result in results if isinstance(result, OwnedFd)]
+        assert all(fd.closed for fd in made)
+        talk.close()
+        assert all(fd.closed for fd in message.fds)
+        del steps
+        assert open_fds() == everything
+        if finished:
+            return
+
+
 # Anything at all ------------------------------------------------------------------------
 
 BY_FILE = [R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR]
@@ -259,5 +351,5 @@ def test_whatever_is_said_only_sound_rings_run_and_every_file_is_closed(sayings,
                 )
             if session.features == PLAIN:
                 assert ring.enabled or request in (R.SET_VRING_ENABLE, R.SET_FEATURES)
-    session.close()
+    talk.close()
     assert open_fds() == before

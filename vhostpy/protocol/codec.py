@@ -2,7 +2,7 @@
 
 One table says of each request what it carries (`payloads.py` has the layouts), how many
 file descriptors come with it and what answers it. The codec checks form (size, flags,
-count of fds); whether a message makes sense is the session's business. No sockets here:
+count of fds); whether a message makes sense is for the session to say. No sockets here:
 bytes and fds in, messages out.
 
 Source: QEMU, docs/interop/vhost-user.rst; sections are named at the types.
@@ -328,6 +328,11 @@ class Decoder:
         self._buffer = bytearray()
         self._header: Header | None = None
         self._fds: list[OwnedFd] = []
+        self._expected: tuple[int, type[Payload]] | None = None
+
+    def expect(self, request: int, payload: type[Payload]) -> None:
+        """The next message must be this one, with such a payload and no fds."""
+        self._expected = request, payload
 
     @property
     def wanted(self) -> int:
@@ -390,6 +395,11 @@ class Decoder:
     def _name(self) -> str:
         return self.direction.name(self._header.request) if self._header else "message"
 
+    def _form(self, request: int) -> tuple[tuple[type[Payload], ...], FdRule]:
+        if self._expected is None:
+            return self.direction.form(request)
+        return (self._expected[1],), FdRule.NONE
+
     def _take_header(self) -> Header:
         size = Header.LAYOUT.size
         header = Header.unpack(bytes(self._buffer[:size]))
@@ -404,7 +414,9 @@ class Decoder:
         if bool(header.flags & FLAG_REPLY) != self.direction.is_reply:
             expected = "a reply" if self.direction.is_reply else "a request"
             raise ProtocolError(f"{name}: flags {header.flags:#x}, expected {expected}")
-        payloads, _ = self.direction.form(header.request)
+        if self._expected is not None and header.request != self._expected[0]:
+            raise ProtocolError(f"{name} came, expected {self.direction.name(self._expected[0])}")
+        payloads, _ = self._form(header.request)
         sizes = [payload.sizes() for payload in payloads]
         if not any(least <= header.size <= most for least, most in sizes):
             bounds = " or ".join(str(a) if a == b else f"{a} to {b}" for a, b in sizes)
@@ -414,7 +426,7 @@ class Decoder:
     def _take_message(self, header: Header) -> Message:
         name = self._name()
         body = bytes(self._buffer[: header.size])
-        payloads, rule = self.direction.form(header.request)
+        payloads, rule = self._form(header.request)
         kind = next(p for p in payloads if p.sizes()[0] <= header.size <= p.sizes()[1])
         try:
             payload = kind.unpack(body)
@@ -435,5 +447,5 @@ class Decoder:
         )
         del self._buffer[: header.size]
         self._fds.clear()
-        self._header = None
+        self._header = self._expected = None
         return message

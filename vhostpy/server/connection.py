@@ -1,7 +1,8 @@
 """One front-end's session on a connected socket.
 
-The only module that waits for a front-end. Bytes go to the codec, messages to the
-session, effects to the data plane; what comes back is sent.
+The only module that waits for a front-end. Bytes go to the codec, messages to the session,
+whose steps are driven here and nowhere else: the data plane carries them out, but for those
+that concern the front-end itself.
 """
 
 import asyncio
@@ -10,15 +11,18 @@ import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar
 
+from vhostpy._spec import ProtocolFeature
 from vhostpy.device.device import Device
 from vhostpy.errors import ProtocolError, VhostpyError
-from vhostpy.protocol.codec import Decoder, Message, encode_reply
+from vhostpy.protocol.codec import BackEndRequest, Decoder, Message, encode, encode_reply
 from vhostpy.server.plane import DataPlane
-from vhostpy.session.effects import Effect, MakeInflight, Reply, StartRing, StopRing
 from vhostpy.session.peername import peer_name
 from vhostpy.session.session import Session
+from vhostpy.session.steps import Expect, Reply, SetBackendChannel, Step
 from vhostpy.system import fds
 from vhostpy.system.account import Account
+from vhostpy.system.fds import OwnedFd
+from vhostpy.system.notify import is_unix_socket
 
 # A front-end that takes none of our replies for so long has hung.
 SEND_TIMEOUT_S = 10.0
@@ -39,6 +43,8 @@ class Connection:
         self.session = Session(device)
         self.session.front_end = peer_name(sock)
         self.plane = DataPlane(device, self.session, account.calls)
+        self.backend_channel: OwnedFd | None = None
+        self._decoder = Decoder()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self, settled: Callable[[], None]) -> None:
@@ -75,6 +81,9 @@ class Connection:
             # Not sooner: a front-end that is hung up on goes on from where the rings stand.
             fds.close_socket(self.sock, self.account)
             self.session.close()
+            self._decoder.close()
+            if self.backend_channel is not None:
+                self.backend_channel.close()
 
     def on_bell(self) -> None:
         """Called when a worker or a contained fault sounds the bell."""
@@ -85,58 +94,96 @@ class Connection:
             if not self._failure.done():
                 self._failure.set_exception(error.with_traceback(None))
 
+    def tell_config_changed(self) -> bool:
+        """Has the front-end read the config space anew; False: there is no way to tell it.
+
+        Source: vhost-user, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. Waits for nothing: no reply
+        is asked for, and a front-end that takes nothing from its channel is not told.
+        """
+        if self.backend_channel is None or not self.session.protocol(ProtocolFeature.CONFIG):
+            return False
+        message = encode(BackEndRequest.CONFIG_CHANGE_MSG)
+        # The front-end may have sent any file; of these only one kind never makes us wait.
+        if not is_unix_socket(self.backend_channel.fileno()):
+            return False
+        channel = socket.socket(fileno=self.backend_channel.fileno())
+        try:
+            return channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(message)
+        except OSError:
+            return False
+        finally:
+            channel.detach()  # not ours to close
+
+    # Messages --------------------------------------------------------------------------
+
     async def _read(self) -> None:
-        decoder = Decoder()
+        while (message := await self._receive()) is not None:
+            await self._handle(message)
+            # One message a turn of the loop: a flood of them starves no other session.
+            await asyncio.sleep(0)
+
+    async def _receive(self) -> Message | None:
+        """The front-end's next message; None where it has gone."""
         while True:
             await _ready(self.sock, write=False)
             try:
-                data, received = fds.receive(self.sock, decoder.wanted, self.account)
+                data, received = fds.receive(self.sock, self._decoder.wanted, self.account)
             except BlockingIOError:
                 continue
             except ConnectionResetError:
-                return
+                return None
             if not data:
-                for fd in received:
-                    fd.close()
-                decoder.close()
-                return
-            for message in decoder.feed(data, received):
-                await self._handle(message)
-                # One message a turn of the loop: a flood of them starves no other session.
-                await asyncio.sleep(0)
+                fds.close_all(received)
+                self._decoder.close()
+                return None
+            # Of so few bytes: one at most.
+            for message in self._decoder.feed(data, received):
+                return message
 
     async def _handle(self, message: Message) -> None:
-        error: VhostpyError | None = None
+        """Drives the steps of `message` to their end, or closes them."""
+        steps = self.session.handle(message)
         try:
-            for effect in self.session.handle(message):
-                await self._do(effect)
-                if isinstance(effect, StartRing | StopRing):
-                    await asyncio.sleep(0)  # of 256 rings: not all in one turn of the loop
-        except VhostpyError as caught:
-            error = caught
-        except OSError as caught:
-            # EMFILE, ENOMEM: the front-end asked for more than this process may have.
-            error = ProtocolError(f"{self.device.name}: {message.request!r}: {caught}")
-        try:
-            for effect in self.session.done(message, error):
-                await self._do(effect)
+            step = next(steps)
+            while True:
+                failed: VhostpyError
+                try:
+                    result = await self._carry_out(step)
+                except VhostpyError as error:
+                    failed = error
+                except OSError as error:
+                    # EMFILE, ENOMEM: the front-end asked for more than this process may have.
+                    failed = ProtocolError(f"{self.device.name}: {message.request!r}: {error}")
+                else:
+                    step = steps.send(result)
+                    continue
+                try:
+                    step = steps.throw(failed)
+                finally:
+                    # It refers to this frame: a cycle that would keep unused fds open.
+                    del failed
+        except StopIteration:
+            pass
         finally:
-            # The error refers to this frame: a cycle that would keep unused fds open.
-            del error
+            steps.close()
 
-    async def _do(self, effect: Effect) -> None:
-        if isinstance(effect, Reply):
-            await self._send(encode_reply(effect.request, effect.payload), effect.fds)
-        elif isinstance(effect, StopRing):
-            base = await self.plane.stop_ring(effect.index)
-            for follow_up in self.session.ring_stopped(effect.index, base):
-                await self._do(follow_up)
-        elif isinstance(effect, MakeInflight):
-            with self.plane.make_inflight(effect) as fd:
-                for follow_up in self.session.inflight_made(effect, fd):
-                    await self._do(follow_up)
-        else:
-            await self.plane.carry_out(effect)
+    async def _carry_out(self, step: Step[Any]) -> Any:
+        match step:
+            case Reply(request, payload, out_fds):
+                return await self._send(encode_reply(request, payload), out_fds)
+            case Expect(request, payload):
+                self._decoder.expect(request, payload)
+                message = await self._receive()
+                if message is None:
+                    name = self._decoder.direction.name(request)
+                    raise ProtocolError(f"the front-end went, expected {name}")
+                return message.payload
+            case SetBackendChannel(fd):
+                replaced, self.backend_channel = self.backend_channel, fd.move()
+                if replaced is not None:
+                    replaced.close()
+                return None
+        return await self.plane.carry_out(step)
 
     async def _send(self, data: bytes, out_fds: Any) -> None:
         async with asyncio.timeout(SEND_TIMEOUT_S):

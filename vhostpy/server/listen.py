@@ -134,7 +134,7 @@ class Server:
 
     def tell_config_changed(self) -> bool:
         """Has the front-end read the device's config space anew; False: it cannot be told."""
-        return self.connection is not None and self.connection.plane.tell_config_changed()
+        return self.connection is not None and self.connection.tell_config_changed()
 
     # Private ------------------------------------------------------------------------
 

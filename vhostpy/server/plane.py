@@ -1,8 +1,9 @@
-"""Carries a session's effects out: memory generations, dirty log, virtqueues, device.
+"""Carries a session's steps out: memory generations, dirty log, virtqueues, device.
 
-One `DataPlane` a session. Knows no socket and decides nothing about the protocol. The
-rule of ownership: a virtqueue is the workers' while it is live; `held` takes it back,
-changes it and lets it go again.
+One `DataPlane` a session. Knows no socket and decides nothing about the protocol; an fd that
+it keeps beyond a step it moves away. The rule of ownership: a virtqueue is the workers' while
+it is live; `_held` takes it back, changes it and lets it go again. A *ring* is what the
+session knows of it, a *virtqueue* what runs here.
 """
 
 import asyncio
@@ -11,29 +12,27 @@ import fcntl
 import functools
 import logging
 import os
-import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from vhostpy._ring import ChainFault, Virtqueue
-from vhostpy._spec import Feature, ProtocolFeature
+from vhostpy._spec import Feature
 from vhostpy.device.device import Device
 from vhostpy.errors import SHARE_ALL, SHARE_ON, GuestError, ProtocolError
 from vhostpy.memory.guest import DirtyLog, GuestMemory, RegionInfo
 from vhostpy.memory.mapping import Mapping
-from vhostpy.protocol.codec import BackEndRequest, encode
 from vhostpy.protocol.names import fault_name
-from vhostpy.protocol.payloads import MemoryRegion
+from vhostpy.protocol.payloads import MemoryRegion, VringAddress
 from vhostpy.ring.inflight import InflightArea
 from vhostpy.ring.parts import first_base, is_packed
 from vhostpy.ring.positions import KeptPosition
 from vhostpy.ring.resume import reconcile
-from vhostpy.session import effects as e
-from vhostpy.session.ring import StopReason
-from vhostpy.session.session import Session
+from vhostpy.session import steps as s
+from vhostpy.session.ring import VRING_F_LOG
+from vhostpy.session.state import SessionState
 from vhostpy.system.aside import aside
 from vhostpy.system.calls import Calls
-from vhostpy.system.fds import OwnedFd, is_eventfd, kind_of
+from vhostpy.system.fds import OwnedFd, close_all, is_eventfd, kind_of
 from vhostpy.system.notify import is_unix_socket, signal_once
 
 log = logging.getLogger("vhostpy")
@@ -46,24 +45,17 @@ RESET = "reset the device: reboot the guest, or bind its driver anew"
 
 # What reads and writes memory of the front-end's, or may; and what takes running rings back,
 # for which it waits until no worker touches that.
-LASTING = (e.StartRing, e.SetRingBase, e.SetInflight, e.WriteConfig)
+LASTING = (s.StartRing, s.SetRingBase, s.SetInflight, s.WriteConfig)
 HOLDING = (
-    *(e.SetFeatures, e.SetMemory, e.AddRegion, e.RemoveRegion, e.SetLog, e.EnableRing),
-    *(e.SetRingCall, e.SetRingKick, e.SetRingAddresses),
+    *(s.SetFeatures, s.SetMemory, s.AddRegion, s.RemoveRegion, s.SetLog, s.EnableRing),
+    *(s.SetRingCall, s.SetRingKick, s.SetRingAddresses),
 )
-
-
-@dataclass(slots=True)
-class RunningRing:
-    """A started ring."""
-
-    virtqueue: Virtqueue
 
 
 class DataPlane:
     """What one session owns of the data plane."""
 
-    def __init__(self, device: Device, session: Session, calls: Calls) -> None:
+    def __init__(self, device: Device, session: SessionState, calls: Calls) -> None:
         self.device = device
         self.session = session
         self.calls = calls
@@ -72,87 +64,80 @@ class DataPlane:
         self.log: DirtyLog | None = None
         self.inflight: InflightArea | None = None
         self.features = 0
-        self.rings: dict[int, RunningRing] = {}
+        self.virtqueues: dict[int, Virtqueue] = {}  # of the rings that are started
         # A ring's base when it was stopped, and whether it was broken.
         self._given: dict[int, tuple[int, bool]] = {}
         self.retired: list[GuestMemory] = []
         self._files: dict[int, tuple[int, int]] = {}  # by a region's GPA: device and inode
-        self.backend_channel: OwnedFd | None = None
-        # fds that a ring may still use after what should have replaced them was refused.
+        # fds that a ring may use although its device failed when it was given them.
         self.leftovers: list[OwnedFd] = []
         # What close() could not end: words, or errors.
         self.hung: list[object] = []
         self._call_again: asyncio.TimerHandle | None = None
         self._pause_calls()
 
-    async def carry_out(self, effect: e.Effect) -> None:
-        """Does what `effect` says. StopRing has a result: see `stop_ring`."""
-        if isinstance(effect, e.ResetDevice):
-            for index in list(self.rings):
-                await self.stop_ring(index)
-        elif isinstance(effect, LASTING) or (self.rings and isinstance(effect, HOLDING)):
-            await aside(self._do, effect)
-        else:
-            self._do(effect)
+    async def carry_out(self, step: s.Step[Any]) -> Any:
+        """Does what `step` says; returns its result.
 
-    def _do(self, effect: e.Effect) -> None:
-        match effect:
-            case e.SetFeatures(features):
+        One that is not cut short by its own wait (a ring's draining is) is done and returns,
+        however often the caller is cancelled meanwhile.
+        """
+        if isinstance(step, s.StopRing):
+            return await self._stop_ring(step.index, step.resumes)
+        if isinstance(step, LASTING) or (self.virtqueues and isinstance(step, HOLDING)):
+            return await aside(self._do, step)
+        return self._do(step)
+
+    def _do(self, step: s.Step[Any]) -> Any:
+        match step:
+            case s.SetFeatures(features):
                 self._set_features(features)
-            case e.SetMemory(regions, fds):
-                self._set_memory(regions, fds)
-            case e.AddRegion(region, fd):
-                with fd:
-                    self._replace_memory([*self._regions(), self._map(region, fd)])
-            case e.RemoveRegion(region):
+            case s.SetMemory(regions, fds):
+                pairs = zip(regions, fds, strict=True)
+                self._replace_memory([self._map(region, fd) for region, fd in pairs])
+            case s.AddRegion(region, fd):
+                self._replace_memory([*self._regions(), self._map(region, fd)])
+            case s.RemoveRegion(region):
                 self._remove_region(region)
-            case e.SetLog(fd, offset, size):
-                self._set_log(fd, offset, size)
-            case e.SetInflight(fd, offset, size, num_queues, queue_size):
-                with fd:
-                    self._set_inflight(
-                        InflightArea(
-                            fd.fileno(), offset, size, num_queues, queue_size, fd.account
-                        )
-                    )
-            case e.StartRing(index):
+            case s.SetLog(fd, offset, size):
+                self.log = DirtyLog(fd.fileno(), offset, size, fd.account)
+                with self._held(self.virtqueues):
+                    self._update_logs()
+            case s.MakeInflight(size):
+                return _make_inflight(size)
+            case s.SetInflight(fd, offset, size, num_queues, queue_size):
+                self._set_inflight(
+                    InflightArea(fd.fileno(), offset, size, num_queues, queue_size, fd.account)
+                )
+            case s.StartRing(index):
                 self._start_ring(index)
-            case e.EnableRing(index, enabled):
+            case s.EnableRing(index, enabled):
                 with self._held([index]):
                     self.device.ring_enabled(index, enabled)
-            case e.SetRingCall(index, replaced):
-                with self._replacing(replaced):
-                    self._set_call(index)
-            case e.SetRingKick(index, replaced):
-                with self._replacing(replaced):
-                    self.device.ring_kick(index, _eventfd(self.session.rings[index].kick))
-            case e.SetRingErr(index, replaced):
-                with self._replacing(replaced):
-                    _eventfd(self.session.rings[index].err)
-            case e.SetRingAddresses(index):
-                self._set_addresses(index)
-            case e.SetRingBase(index):
-                state = self.session.rings[index]
-                with self._held([index]) as virtqueues:
-                    virtqueues[0].base = state.base
-                    position = virtqueues[0].kept
-                    kept = position.at if position is not None and not state.broken else None
-                    self._reconcile(index, virtqueues[0], position, kept)
-            case e.SetBackendChannel(fd):
-                _close(self.backend_channel)
-                self.backend_channel = fd
-            case e.SetMtu(mtu):
+            case s.SetRingCall(index, fd):
+                call_fd = _call_fd(fd)
+                with self._kept_if_it_fails(fd), self._held([index]) as virtqueues:
+                    virtqueues[0].set_call(call_fd)
+            case s.SetRingKick(index, fd):
+                kick_fd = _eventfd(fd)
+                with self._kept_if_it_fails(fd):
+                    self.device.ring_kick(index, kick_fd)
+            case s.SetRingErr(_, fd):
+                _eventfd(fd)
+            case s.SetRingAddresses(index, address):
+                self._set_addresses(index, address)
+            case s.SetRingBase(index, base):
+                self._set_base(index, base)
+            case s.SetMtu(mtu):
                 self.device.set_mtu(mtu)
-            case e.SendRarp(mac):
+            case s.SendRarp(mac):
                 self.device.send_rarp(mac)
-            case e.WriteConfig(offset, data):
+            case s.WriteConfig(offset, data):
                 self.device.write_config(offset, data)
                 if self.inflight is not None:
                     self.inflight.note = self.device.note()
-            case e.SetStatus():
-                pass
             case _:
-                raise NotImplementedError(effect)
+                raise NotImplementedError(step)
 
     def on_bell(self) -> None:
         """Reports rings that broke; raises GuestError if memory is gone or a fd blocks us."""
@@ -166,14 +151,14 @@ class DataPlane:
                     f"{self.device.name}: {what} was truncated or cannot be read",
                     "the front-end must not shrink memory that it shares; start it again",
                 )
-        for index, ring in list(self.rings.items()):
-            if ring.virtqueue.deaf:
+        for index, virtqueue in list(self.virtqueues.items()):
+            if virtqueue.deaf:
                 raise GuestError(
                     f"{self.device.name}: ring {index}: its call fd blocks us",
                     "the front-end must leave the eventfds that it sends non-blocking",
                 )
-            if ring.virtqueue.broken and not self.session.rings[index].broken:
-                self._broken(index, *_why_broken(ring.virtqueue))
+            if virtqueue.broken and not self.session.rings[index].broken:
+                self._broken(index, *_why_broken(virtqueue))
         if self.calls.is_news():
             self._pause_calls()
             log.warning(
@@ -194,53 +179,44 @@ class DataPlane:
             self._call_again = loop.call_later(self.calls.pause_s, self._call_all)
 
     def _call_all(self) -> None:
-        for index in self.rings:
+        for index in self.virtqueues:
             call = self.session.rings[index].call
             if call is not None:
                 _signal(call)
 
     def _broken(self, index: int, why: str, hint: str) -> None:
-        """Says that nothing is taken from a ring, and why, to all who may want to know."""
-        state = self.session.rings[index]
-        state.broken = f"{why}; {hint}"
+        """Tells the operator, `status` and the front-end that nothing is taken from a ring."""
+        ring = self.session.rings[index]
+        ring.broken = f"{why}; {hint}"
         log.warning("%s: ring %d: %s\n  next: %s", self.device.name, index, why, hint)
-        if state.err is not None:
-            _signal(state.err)
+        if ring.err is not None:
+            _signal(ring.err)
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped until it has ended."""
         if self._call_again is not None:
             self._call_again.cancel()
-        indexes = list(self.rings)
+        indexes = list(self.virtqueues)
         drained = await asyncio.gather(
             *(self.device.ring_drain(index, DRAIN_DEADLINE_S) for index in indexes),
             return_exceptions=True,
         )
-        for ring in self.rings.values():
-            ring.virtqueue.set_live(False)
-        if self.rings:
+        for virtqueue in self.virtqueues.values():
+            virtqueue.set_live(False)
+        if self.virtqueues:
             await aside(self.workers.wait)
         for index, done in zip(indexes, drained, strict=True):
             await aside(self._take_down, index)
             if done is not True:
                 self.hung.append(done or self._hung(index))
         self.device.closed()
-        for fd in (self.backend_channel, *self.leftovers):
-            _close(fd)
+        close_all(self.leftovers)
         self._retire(self.memory)
         self.memory = self.log = self.inflight = None
         for memory in self.retired:
             if memory.in_use:
                 size = sum(region.size for region in memory.regions)
                 self.hung.append(f"requests still use guest memory; {size} bytes stay mapped")
-
-    def make_inflight(self, effect: e.MakeInflight) -> OwnedFd:
-        """Zeroed memory, for the front-end to keep: nothing of it stays here."""
-        fd = OwnedFd(os.memfd_create("vhostpy-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(fd.fileno(), effect.size)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, seals)
-        return fd
 
     def _set_inflight(self, area: InflightArea) -> None:
         # What a driver set once, no front-end sets again after a kill.
@@ -254,12 +230,6 @@ class DataPlane:
 
     def _regions(self) -> list[RegionInfo]:
         return list(self.memory.regions) if self.memory is not None else []
-
-    def _set_memory(self, regions: tuple[MemoryRegion, ...], fds: tuple[OwnedFd, ...]) -> None:
-        with contextlib.ExitStack() as stack:
-            for fd in fds:
-                stack.enter_context(fd)
-            self._replace_memory([self._map(*pair) for pair in zip(regions, fds, strict=True)])
 
     def _remove_region(self, region: MemoryRegion) -> None:
         kept = [
@@ -276,14 +246,14 @@ class DataPlane:
     def _replace_memory(self, regions: list[RegionInfo]) -> None:
         """Publishes a new generation; running rings are translated anew in the same step."""
         memory = GuestMemory(regions)
-        with self._held(self.rings) as virtqueues:
-            for virtqueue in virtqueues:
+        with self._held(self.virtqueues):
+            for index, virtqueue in self.virtqueues.items():
                 virtqueue.remap(memory)
-            for index, ring in self.rings.items():
-                if not ring.virtqueue.broken:
+                if not virtqueue.broken:
                     self.session.rings[index].broken = ""
             previous, self.memory = self.memory, memory
-            self._move_positions(self.rings)
+            for index in self.virtqueues:
+                self._move_position(index, self.session.rings[index].desc_uva)
         self._retire(previous)
 
     def _map(self, region: MemoryRegion, fd: OwnedFd) -> RegionInfo:
@@ -303,58 +273,24 @@ class DataPlane:
         self.features = features
         if not features >> Feature.LOG_ALL & 1:
             self.log = None  # the next migration brings its own
-        with self._held(self.rings):
+        with self._held(self.virtqueues):
             self.device.negotiated(features)
             self._update_logs()
 
-    def _set_log(self, fd: OwnedFd | None, offset: int, size: int) -> None:
-        if fd is None:
-            self.log = None
-        else:
-            with fd:
-                self.log = DirtyLog(fd.fileno(), offset, size, fd.account)
-        with self._held(self.rings):
-            self._update_logs()
-
     def _update_logs(self) -> None:
-        for index, ring in self.rings.items():
-            ring.virtqueue.set_log(*self._log_of(index))
+        for index, virtqueue in self.virtqueues.items():
+            ring = self.session.rings[index]
+            virtqueue.set_log(*self._log_of(ring.used_log_gpa if ring.log_used else None))
 
-    def _log_of(self, index: int) -> tuple[DirtyLog | None, int | None]:
-        """The ring's dirty log and the guest address of its used ring in it."""
-        if not self.features >> Feature.LOG_ALL & 1:
-            return None, None
-        state = self.session.rings[index]
-        return self.log, state.used_log_gpa if state.log_used else None
-
-    # Our own requests --------------------------------------------------------------
-
-    def tell_config_changed(self) -> bool:
-        """Has the front-end read the config space anew; False: there is no way to tell it.
-
-        Source: vhost-user, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. Waits for nothing: no reply
-        is asked for, and a front-end that takes nothing from its channel is not told.
-        """
-        has_config = self.session.protocol_features >> ProtocolFeature.CONFIG & 1
-        if self.backend_channel is None or not has_config:
-            return False
-        message = encode(BackEndRequest.CONFIG_CHANGE_MSG)
-        # The front-end may have sent any file; of these only one kind never makes us wait.
-        if not is_unix_socket(self.backend_channel.fileno()):
-            return False
-        channel = socket.socket(fileno=self.backend_channel.fileno())
-        try:
-            return channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(message)
-        except OSError:
-            return False
-        finally:
-            channel.detach()  # not ours to close
+    def _log_of(self, used_gpa: int | None) -> tuple[DirtyLog | None, int | None]:
+        """A ring's dirty log and the guest address of its used ring in it."""
+        return (self.log, used_gpa) if self.features >> Feature.LOG_ALL & 1 else (None, None)
 
     # Rings -------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _held(self, indexes: Iterable[int]) -> Iterator[list[Virtqueue]]:
-        virtqueues = [self.rings[index].virtqueue for index in indexes]
+        virtqueues = [self.virtqueues[index] for index in indexes]
         for virtqueue in virtqueues:
             virtqueue.set_live(False)
         if virtqueues:
@@ -367,44 +303,44 @@ class DataPlane:
             self.workers.nudge()
 
     def _start_ring(self, index: int) -> None:
-        state = self.session.rings[index]
+        ring = self.session.rings[index]
         if self.memory is None:
             raise ProtocolError(
                 f"{self.device.name}: ring {index} started before any guest memory was shared",
                 SHARE_ON,
             )
-        _eventfd(state.err)
-        dirty_log, used_log_gpa = self._log_of(index)
+        _eventfd(ring.err)
+        dirty_log, used_log_gpa = self._log_of(ring.used_log_gpa if ring.log_used else None)
         virtqueue = Virtqueue(
             self.memory,
-            state.num,
+            ring.num,
             self.features,
-            desc_uva=state.desc_uva,
-            avail_uva=state.avail_uva,
-            used_uva=state.used_uva,
-            base=state.base,
-            call_fd=_call_fd(state.call),
+            desc_uva=ring.desc_uva,
+            avail_uva=ring.avail_uva,
+            used_uva=ring.used_uva,
+            base=ring.base,
+            call_fd=_call_fd(ring.call),
             calls=self.calls,
             log=dirty_log,
             used_log_gpa=used_log_gpa,
         )
         given, was_broken = self._given.pop(index, (None, False))
-        if state.base == 0 != given and virtqueue.unwritten:
-            # User-mode Linux says so of any ring. Who means it has been around a packed one
-            # once, and each descriptor shows it.
+        if ring.base == 0 != given and virtqueue.unwritten:
+            # User-mode Linux says so of any ring. Where it is meant, the driver has been around
+            # a packed ring once, and each descriptor shows it.
             virtqueue.base = first_base(self.features)
         if self.inflight is not None and index < self.inflight.num_queues:
             virtqueue.track(self.inflight.queue(index))
             # A back-end that was killed may have given chains back and told nobody.
             virtqueue.notify()
         position = self._claim(index)
-        if given == state.base and not was_broken:
-            state.broken = ""  # it goes on where we stopped it
+        if given == ring.base and not was_broken:
+            ring.broken = ""  # it goes on where we stopped it
             virtqueue.keep(position)
         else:
             kept = position.found if position is not None else None
             self._reconcile(index, virtqueue, position, kept)
-        self.device.ring_started(index, virtqueue, _eventfd(state.kick))
+        self.device.ring_started(index, virtqueue, _eventfd(ring.kick))
         if virtqueue.again:
             log.info(
                 "%s: ring %d: %d requests that were under way are done again",
@@ -412,8 +348,8 @@ class DataPlane:
                 index,
                 virtqueue.again,
             )
-        self.rings[index] = RunningRing(virtqueue)
-        self.device.ring_enabled(index, state.enabled)
+        self.virtqueues[index] = virtqueue
+        self.device.ring_enabled(index, ring.enabled)
         virtqueue.set_live(True)
         self.workers.nudge()
 
@@ -436,16 +372,16 @@ class DataPlane:
             self._broken(index, verdict.text, verdict.hint)
         elif verdict.text:
             log.info("%s: ring %d: %s", self.device.name, index, verdict.text)
-            # Who was there before may have given chains back and told nobody.
+            # The back-end before may have given chains back and told nobody.
             virtqueue.notify()
 
     def _claim(self, index: int) -> KeptPosition | None:
         """Where a packed ring's position is kept."""
-        owner, state = self.device.positions, self.session.rings[index]
+        owner, ring = self.device.positions, self.session.rings[index]
         if owner is None or not is_packed(self.features):
             return None
-        where = self._where(state.desc_uva)
-        return None if where is None else owner.claim(*where, state.num)
+        where = self._where(ring.desc_uva)
+        return None if where is None else owner.claim(*where, ring.num)
 
     def _where(self, uva: int | None) -> tuple[tuple[int, int], int] | None:
         """The file that an address is in, and its guest address: the same in another life."""
@@ -454,27 +390,22 @@ class DataPlane:
                 return self._files[region.gpa], region.gpa + uva - region.uva
         return None
 
-    def _move_positions(self, indexes: Iterable[int]) -> None:
-        for index in indexes:
-            position = self.rings[index].virtqueue.kept
-            where = self._where(self.session.rings[index].desc_uva)
-            if position is not None and where is not None:
-                position.move(*where)
+    def _move_position(self, index: int, desc_uva: int | None) -> None:
+        position, where = self.virtqueues[index].kept, self._where(desc_uva)
+        if position is not None and where is not None:
+            position.move(*where)
 
-    async def stop_ring(self, index: int) -> int:
-        """Drains and stops a ring; returns the base at which it would go on."""
-        ring = self.rings[index]
+    async def _stop_ring(self, index: int, resumes: bool) -> int:
+        virtqueue = self.virtqueues[index]
         drained = await self.device.ring_drain(index, DRAIN_DEADLINE_S)
-        ring.virtqueue.set_live(False)
+        virtqueue.set_live(False)
         await aside(self._stop_held, index)
         if not drained:
             raise self._hung(index)
-        position = ring.virtqueue.kept
-        reason = self.session.rings[index].stop_reason
-        if position is not None and reason is not StopReason.UNMAPPED:
-            position.forget()  # the front-end knows
-        self._given[index] = ring.virtqueue.base, ring.virtqueue.broken
-        return ring.virtqueue.base
+        if virtqueue.kept is not None and not resumes:
+            virtqueue.kept.forget()  # the front-end knows
+        self._given[index] = virtqueue.base, virtqueue.broken
+        return int(virtqueue.base)
 
     def _stop_held(self, index: int) -> None:
         self.workers.wait()
@@ -482,11 +413,11 @@ class DataPlane:
 
     def _take_down(self, index: int) -> None:
         """The ring is held; the device gives it back."""
-        ring = self.rings.pop(index)
+        virtqueue = self.virtqueues.pop(index)
         self.device.ring_stopped(index)
-        if ring.virtqueue.kept is not None and self.device.positions is not None:
-            self.device.positions.release(ring.virtqueue.kept)
-        self._retire(ring.virtqueue.memory)
+        if virtqueue.kept is not None and self.device.positions is not None:
+            self.device.positions.release(virtqueue.kept)
+        self._retire(virtqueue.memory)
 
     def _hung(self, index: int) -> GuestError:
         return GuestError(
@@ -495,29 +426,39 @@ class DataPlane:
         )
 
     @contextlib.contextmanager
-    def _replacing(self, replaced: OwnedFd | None) -> Iterator[None]:
-        """Closes `replaced` when nobody uses it any more: at the end, if the block fails."""
+    def _kept_if_it_fails(self, fd: OwnedFd | None) -> Iterator[None]:
+        """An fd that a ring may use already, where the block fails, stays open to the end."""
         try:
             yield
         except BaseException:
-            if replaced is not None:
-                self.leftovers.append(replaced)
+            if fd is not None:
+                self.leftovers.append(fd.move())
             raise
-        _close(replaced)
 
-    def _set_call(self, index: int) -> None:
-        call_fd = _call_fd(self.session.rings[index].call)
-        with self._held([index]) as virtqueues:
-            virtqueues[0].set_call(call_fd)
-
-    def _set_addresses(self, index: int) -> None:
-        state = self.session.rings[index]
+    def _set_addresses(self, index: int, address: VringAddress) -> None:
+        logged = address.flags & VRING_F_LOG
         with self._held([index]) as virtqueues:
             virtqueues[0].set_addresses(
-                desc_uva=state.desc_uva, avail_uva=state.avail_uva, used_uva=state.used_uva
+                desc_uva=address.desc_uva, avail_uva=address.avail_uva, used_uva=address.used_uva
             )
-            virtqueues[0].set_log(*self._log_of(index))
-            self._move_positions([index])
+            virtqueues[0].set_log(*self._log_of(address.used_log_gpa if logged else None))
+            self._move_position(index, address.desc_uva)
+
+    def _set_base(self, index: int, base: int) -> None:
+        ring = self.session.rings[index]
+        with self._held([index]) as virtqueues:
+            virtqueues[0].base = base
+            position = virtqueues[0].kept
+            kept = position.at if position is not None and not ring.broken else None
+            self._reconcile(index, virtqueues[0], position, kept)
+
+
+def _make_inflight(size: int) -> OwnedFd:
+    fd = OwnedFd(os.memfd_create("vhostpy-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    os.ftruncate(fd.fileno(), size)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, seals)
+    return fd
 
 
 def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
@@ -543,11 +484,6 @@ def _signal(fd: OwnedFd) -> None:
     Nothing can close it before, as closing has to wait its turn too.
     """
     fd.account.closing.do(functools.partial(signal_once, fd.fileno()))
-
-
-def _close(fd: OwnedFd | None) -> None:
-    if fd is not None:
-        fd.close()
 
 
 def _call_fd(fd: OwnedFd | None) -> int:

@@ -1,18 +1,22 @@
 """A ring as the front-end describes it, and the table of its states.
 
-Everything that moves a ring from one state to another is in RING; the session decides
-which event a message is. Knows no virtqueue: the data plane has that.
+Everything that moves a ring from one state to another is in RING; the handlers decide which
+event a message is. Knows no virtqueue: the data plane has that.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from vhostpy._spec import Limit
 from vhostpy.errors import ProtocolError
-from vhostpy.session.effects import Effect, SetRingKick, StartRing, StopRing
+from vhostpy.protocol.payloads import VringAddress
+from vhostpy.session.steps import SetRingKick, StartRing, Step, StopRing
 from vhostpy.system.fds import OwnedFd
 
 ADDRESS_END = 1 << 64
+VRING_F_LOG = 1  # "A vring address description"
 
 
 class RingState(Enum):
@@ -34,7 +38,10 @@ class RingEvent(Enum):
 
 # The document starts a ring at its first kick, every back-end when the kick fd arrives:
 # a kick may have been written before, and says only 'look'.
-RING: dict[tuple[RingState, RingEvent], tuple[RingState, type[Effect] | None]] = {
+RING: dict[
+    tuple[RingState, RingEvent],
+    tuple[RingState, type[StartRing] | type[StopRing] | type[SetRingKick] | None],
+] = {
     (RingState.STOPPED, RingEvent.KICK): (RingState.WAITING, None),
     (RingState.WAITING, RingEvent.KICK): (RingState.WAITING, None),
     (RingState.WAITING, RingEvent.COMPLETE): (RingState.STARTED, StartRing),
@@ -45,14 +52,6 @@ RING: dict[tuple[RingState, RingEvent], tuple[RingState, type[Effect] | None]] =
     (RingState.WAITING, RingEvent.STOP): (RingState.STOPPED, None),
     (RingState.STOPPED, RingEvent.STOP): (RingState.STOPPED, None),
 }
-
-
-class StopReason(Enum):
-    """Why a StopRing is under way: what to do with the base that it yields."""
-
-    GET_BASE = "answer with it"
-    UNMAPPED = "go on there"
-    RESET = "forget it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,6 @@ class Ring:
     kick: OwnedFd | None = None
     call: OwnedFd | None = None
     err: OwnedFd | None = None
-    stop_reason: StopReason | None = None
     broken: str = ""  # while it runs: why nothing is taken from it, and what helps
     ran: bool = False  # at the addresses that it has
     # It ran there and was stopped: they hold for the memory that was shared then.
@@ -102,27 +100,36 @@ class Ring:
         """The front-end means to use it. (QEMU sends call fds for rings it never uses.)"""
         return bool(self.num) or self.desc_uva is not None or self.state is not RingState.STOPPED
 
-    def advance(self, event: RingEvent) -> type[Effect] | None:
-        """Moves on; returns which effect that has."""
-        self.state, effect = RING[self.state, event]
-        if effect is StartRing:
+    def advance(
+        self, event: RingEvent, *arguments: OwnedFd | bool | None
+    ) -> Generator[Step[Any], Any, Any]:
+        """Carries out what goes with `event`, if anything does, then moves on.
+
+        Returns the step's result; the arguments are the step's, behind the index.
+        """
+        state, step = RING[self.state, event]
+        result = None if step is None else (yield step(self.index, *arguments))  # type: ignore[arg-type]
+        self.state = state
+        if step is StartRing:
             self.ran, self.spent = True, False
-            self.broken = ""
         elif event is RingEvent.STOP:
             self.spent = self.ran
-        return effect
+        return result
 
-    def set_addresses(
-        self, desc_uva: int | None, avail_uva: int | None, used_uva: int | None
-    ) -> None:
+    def set_addresses(self, address: VringAddress | None) -> None:
         """Where it lies from now on; None: nobody knows."""
-        self.desc_uva, self.avail_uva, self.used_uva = desc_uva, avail_uva, used_uva
+        if address is None:
+            self.desc_uva = self.avail_uva = self.used_uva = None
+        else:
+            self.desc_uva, self.avail_uva = address.desc_uva, address.avail_uva
+            self.used_uva = address.used_uva
+        self.log_used = address is not None and bool(address.flags & VRING_F_LOG)
+        self.used_log_gpa = address.used_log_gpa if address is not None and self.log_used else 0
         self.ran, self.spent = self.started, False
 
     def forget_addresses(self) -> None:
         """It waits for SET_VRING_ADDR."""
-        self.set_addresses(None, None, None)
-        self.log_used, self.used_log_gpa = False, 0
+        self.set_addresses(None)
 
     def parts(self, packed: bool) -> list[RingPart]:
         """Where its areas lie; empty before SET_VRING_ADDR.
@@ -185,16 +192,18 @@ class Ring:
         self.forget_addresses()
         self.base = None
 
+    def replace(self, name: str, fd: OwnedFd | None) -> None:
+        """Its `kick`, `call` or `err` fd is another one, or none; closes the last one."""
+        replaced = getattr(self, name)
+        setattr(self, name, fd)
+        if replaced is not None:
+            replaced.close()
+
     def close_kick(self) -> None:
         """A stopped ring starts again only with a new kick fd."""
-        if self.kick is not None:
-            self.kick.close()
-            self.kick = None
+        self.replace("kick", None)
 
     def close(self) -> None:
         """Closes its fds."""
-        self.close_kick()
-        for fd in (self.call, self.err):
-            if fd is not None:
-                fd.close()
-        self.call = self.err = None
+        for name in ("kick", "call", "err"):
+            self.replace(name, None)

@@ -1,21 +1,20 @@
 """What a front-end has said so far, and what its rings still wait for. No message, no I/O.
 
-Changed by the handlers of its messages (`handlers/`), before the effects that they return
-are carried out.
+Changed by the handlers of its messages (`handlers/`), as their steps succeed.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 
 from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.device.device import Device
 from vhostpy.errors import ProtocolError
 from vhostpy.protocol.payloads import MemoryRegion
 from vhostpy.ring.parts import first_base
-from vhostpy.session.effects import Effect, EnableRing, SetRingKick, StopRing
 from vhostpy.session.peername import share_hint
 from vhostpy.session.regions import Spans
-from vhostpy.session.ring import Ring, RingEvent, RingState, StopReason
-from vhostpy.system.fds import OwnedFd
+from vhostpy.session.ring import Ring, RingEvent, RingState
+from vhostpy.session.steps import EnableRing, Steps
 
 CORE_FEATURES = 1 << Feature.PROTOCOL_FEATURES | 1 << Feature.LOG_ALL
 CORE_PROTOCOL_FEATURES = (
@@ -39,8 +38,9 @@ class SessionState:
         self.features: int | None = None  # None: not negotiated yet
         self.protocol_features = 0
         self.rings = [Ring(index) for index in range(device.queue_limit)]
-        self._regions: list[MemoryRegion] = []
-        self._spans = Spans(())  # of the regions
+        # Guest memory, as the front-end describes it; both replaced as a whole.
+        self.regions: list[MemoryRegion] = []
+        self.spans = Spans(())  # of the regions
         self.logging = False  # a dirty log is known
         self.device_status = 0
         self.refused: Counter[str] = Counter()
@@ -48,15 +48,6 @@ class SessionState:
         self.ended = ""
         self.front_end = ""  # the program's name, where it is known
         self.messages = 0  # handled
-
-    @property
-    def regions(self) -> list[MemoryRegion]:
-        """Guest memory, as the front-end describes it; replaced as a whole."""
-        return self._regions
-
-    @regions.setter
-    def regions(self, regions: list[MemoryRegion]) -> None:
-        self._regions, self._spans = regions, Spans(regions)
 
     # Negotiated ------------------------------------------------------------------------
 
@@ -79,51 +70,34 @@ class SessionState:
         """Where `ring` starts, if it does now."""
         return first_base(self.features or 0) if ring.base is None else ring.base
 
-    def enable(self, ring: Ring, enabled: bool) -> list[Effect]:
-        """Enables `ring`, or disables it."""
-        if ring.enabled == enabled:
-            return []
-        ring.enabled = enabled
-        return [EnableRing(ring.index, enabled)] if ring.started else []
+    def enable(self, rings: Iterable[Ring], enabled: bool) -> Steps:
+        """Enables `rings`, or disables them."""
+        for ring in rings:
+            if ring.started and ring.enabled != enabled:
+                yield EnableRing(ring.index, enabled)
+            ring.enabled = enabled
 
-    def advance(
-        self, ring: Ring, event: RingEvent, detail: StopReason | OwnedFd | None = None
-    ) -> list[Effect]:
-        """Moves `ring` on; `detail` is what the effect needs to know."""
-        effect = ring.advance(event)
-        if effect is None:
-            return []
-        if effect is StopRing:
-            assert isinstance(detail, StopReason)
-            ring.stop_reason = detail
-        if effect is SetRingKick:
-            assert not isinstance(detail, StopReason)
-            return [SetRingKick(ring.index, detail)]
-        return [effect(ring.index)]  # type: ignore[call-arg]
-
-    def settle(self, ring: Ring) -> list[Effect]:
+    def settle(self, ring: Ring) -> Steps:
         """Starts `ring` if nothing is missing. Raises where its addresses are not memory."""
         if ring.state is not RingState.WAITING or self._missing_before_memory(ring):
-            return []
-        if not self.regions:
-            return []
-        self.demand_mapped(ring)
-        return self._start(ring)
+            return
+        if self.regions:
+            self.demand_mapped(ring)
+            yield from self._start(ring)
 
-    def settle_all(self) -> list[Effect]:
+    def settle_all(self) -> Steps:
         """Starts the rings that had only waited for this; others may wait for more regions."""
-        return [
-            effect
-            for ring in self.rings
-            if ring.state is RingState.WAITING
-            and not self._missing_before_memory(ring)
-            and self.is_mapped(ring)
-            for effect in self._start(ring)
-        ]
+        for ring in self.rings:
+            if (
+                ring.state is RingState.WAITING
+                and not self._missing_before_memory(ring)
+                and self.is_mapped(ring)
+            ):
+                yield from self._start(ring)
 
-    def _start(self, ring: Ring) -> list[Effect]:
+    def _start(self, ring: Ring) -> Steps:
         ring.check(self.packed)
-        return self.advance(ring, RingEvent.COMPLETE)
+        yield from ring.advance(RingEvent.COMPLETE)
 
     def _missing_before_memory(self, ring: Ring) -> str:
         """What `ring` waits for, in words; "" when it is only memory."""
@@ -151,14 +125,18 @@ class SessionState:
         unmapped = self.unmapped(ring)
         return f"memory for its {unmapped}" if unmapped else ""
 
-    def is_mapped(self, ring: Ring) -> bool:
-        """Whether each part of `ring` lies in a region. It has been told its addresses."""
-        return all(map(self._spans.__contains__, ring.spans(bool(self.packed))))
+    def is_mapped(self, ring: Ring, spans: Spans | None = None) -> bool:
+        """Whether each part of `ring` lies in a region, of those in `spans` if they are given.
+
+        It has been told its addresses.
+        """
+        known = self.spans if spans is None else spans
+        return all(map(known.__contains__, ring.spans(bool(self.packed))))
 
     def unmapped(self, ring: Ring) -> str:
         """The first part of `ring` that lies in no region, in words; "" for none."""
         for part in ring.parts(bool(self.packed)):
-            if (part.uva, part.uva + part.size) not in self._spans:
+            if (part.uva, part.uva + part.size) not in self.spans:
                 return f"{part.name} at UVA {part.uva:#x} ({part.size} bytes)"
         return ""
 

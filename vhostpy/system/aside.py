@@ -14,8 +14,9 @@ async def aside(work: Callable[..., T], *arguments: object) -> T:
     """Calls it in a thread of its own, and returns what it returns.
 
     For what touches guest memory, where a page fault may last, and what waits for workers,
-    which touch it too: one session's message waits then, and no other's. The end is waited
-    for, however often the caller is cancelled: nothing is to happen behind its back.
+    which touch it too: one session's message waits then, and no other's. A caller that is
+    cancelled meanwhile gets the result all the same, so that nothing happens behind its back,
+    and is cancelled where it waits next.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
@@ -28,9 +29,9 @@ async def aside(work: Callable[..., T], *arguments: object) -> T:
             await asyncio.wait([done])
         except asyncio.CancelledError:
             cancelled = True
-    if cancelled:
-        done.exception()
-        raise asyncio.CancelledError
+    if cancelled and (task := asyncio.current_task()) is not None:
+        task.uncancel()
+        task.cancel()
     try:
         return done.result()
     finally:

@@ -26,7 +26,7 @@ from vhostpy.protocol.payloads import (
     MemoryTable,
     SingleRegion,
 )
-from vhostpy.session.effects import (
+from vhostpy.session.steps import (
     AddRegion,
     MakeInflight,
     RemoveRegion,
@@ -41,9 +41,9 @@ from vhostpy.session.effects import (
 def test_memory_is_replaced_while_a_ring_runs(talk):
     talk.start()
     moved = MemoryRegion(0, 8 << 20, UVA, 0)
-    (effect,) = talk.table(moved)
-    assert isinstance(effect, SetMemory)
-    assert effect.regions == (moved,)
+    (step,) = talk.table(moved)
+    assert isinstance(step, SetMemory)
+    assert step.regions == (moved,)
     assert talk.running == {0}
 
 
@@ -53,7 +53,7 @@ def test_ring_whose_memory_goes_stops_before_and_goes_on_when_it_is_back(talk, w
     talk.bases[0] = 17
     kick = talk.session.rings[0].kick
     gone = talk.remove(REGION) if way == "slots" else talk.table(FAR_REGION)
-    assert gone[0] == StopRing(0)
+    assert gone[0] == StopRing(0, resumes=True)
     assert isinstance(gone[1], RemoveRegion if way == "slots" else SetMemory)
     assert talk.answers == []
     assert not kick.closed
@@ -77,12 +77,12 @@ def test_stopped_rings_addresses_go_with_the_memory_that_they_were_in(talk, way,
         assert talk.kick() == []
     if way == "slots":
         talk.remove(REGION)
-        effects = talk.add(REGION)
+        steps = talk.add(REGION)
     else:
-        effects = talk.table(FAR_REGION if "elsewhere" in way else REGION)
-    effects += talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
-    effects += talk.kick() if kick == "after" else []
-    assert StartRing(0) not in effects
+        steps = talk.table(FAR_REGION if "elsewhere" in way else REGION)
+    steps += talk.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
+    steps += talk.kick() if kick == "after" else []
+    assert StartRing(0) not in steps
     assert "ring 0: its addresses" in talk.session.status()["waits_for"]
     there = {} if "elsewhere" not in way else {"uva": FAR_REGION.uva}
     assert talk.address(**there) == [StartRing(0)]
@@ -133,8 +133,8 @@ def test_qemu_may_say_each_region_once_for_every_queue_pair(talk):
 def test_509_regions_are_taken_and_no_more(fresh):
     fresh.negotiate()
     for i in range(509):
-        (effect,) = fresh.add(MemoryRegion(i << 20, 1 << 20, UVA + (i << 20), i << 20))
-        assert isinstance(effect, AddRegion)
+        (step,) = fresh.add(MemoryRegion(i << 20, 1 << 20, UVA + (i << 20), i << 20))
+        assert isinstance(step, AddRegion)
     with pytest.raises(ProtocolError, match="510 regions, at most 509"):
         fresh.add(MemoryRegion(509 << 20, 1 << 20, UVA + (509 << 20), 0))
 
@@ -182,8 +182,8 @@ def test_table_without_regions_says_what_qemu_lacks(fresh):
 
 
 def test_log_is_set_before_it_is_answered(talk):
-    (effect,) = talk.say(R.SET_LOG_BASE, Log(0x1000, 0x2000), (eventfd(),))
-    assert (effect.offset, effect.size) == (0x2000, 0x1000)
+    (step,) = talk.say(R.SET_LOG_BASE, Log(0x1000, 0x2000), (eventfd(),))
+    assert (step.offset, step.size) == (0x2000, 0x1000)
     assert [answer.payload for answer in talk.answers] == [Empty()]
 
 
@@ -216,8 +216,8 @@ def test_ring_that_is_to_be_logged_waits_for_its_log(fresh):
     fresh.table(REGION)
     assert fresh.start() == []
     assert "the dirty log (SET_LOG_BASE)" in fresh.session.status()["waits_for"]
-    effects = fresh.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
-    assert [type(effect) for effect in effects] == [SetLog, StartRing]
+    steps = fresh.say(R.SET_LOG_BASE, Log(4096, 0), (eventfd(),))
+    assert [type(step) for step in steps] == [SetLog, StartRing]
 
 
 def test_ring_waits_for_no_log_that_cannot_come(fresh):
@@ -249,23 +249,26 @@ class Remembering(FakeDevice):
 def remembering(no_fd_leaks):
     talk = ready(Remembering())
     yield talk
-    talk.session.close()
+    talk.close()
 
 
 def test_inflight_memory_is_made_to_measure_and_given_away(remembering):
-    (effect,) = remembering.say(R.GET_INFLIGHT_FD, Inflight(0, 0, 4, 128))
-    assert effect == MakeInflight(4 * 32832 + 8, 4, 128)  # 1024 each, which a guest may take
-    fd = eventfd()
-    (reply,) = remembering.session.inflight_made(effect, fd)
-    assert Inflight.unpack(reply.payload) == Inflight(4 * 32832 + 8, 0, 4, 128)
-    assert reply.fds == (fd,)
-    fd.close()
+    steps = remembering.session.handle(remembering.hear(R.GET_INFLIGHT_FD, Inflight(0, 0, 4, 128)))
+    size = 4 * 32832 + 8  # 1024 each, which a guest may take
+    assert next(steps) == MakeInflight(size)
+    made = eventfd()
+    reply = steps.send(made)
+    assert Inflight.unpack(reply.payload) == Inflight(size, 0, 4, 128)
+    assert reply.fds == (made,) and not made.closed
+    with pytest.raises(StopIteration):
+        steps.send(None)
+    assert made.closed
 
 
 def test_inflight_memory_is_taken_before_rings_run(remembering):
-    (effect,) = remembering.say(R.SET_INFLIGHT_FD, Inflight(9000, 64, 4, 128), (eventfd(),))
-    assert isinstance(effect, SetInflight)
-    assert (effect.offset, effect.size, effect.num_queues, effect.queue_size) == (64, 9000, 4, 128)
+    (step,) = remembering.say(R.SET_INFLIGHT_FD, Inflight(9000, 64, 4, 128), (eventfd(),))
+    assert isinstance(step, SetInflight)
+    assert (step.offset, step.size, step.num_queues, step.queue_size) == (64, 9000, 4, 128)
     remembering.start()
     assert remembering.ask(R.SET_INFLIGHT_FD, Inflight(9000, 0, 4, 128), (eventfd(),)) == U64(1)
 

@@ -7,7 +7,7 @@ from vhostpy._spec import Feature, ProtocolFeature
 from vhostpy.errors import Refused
 from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.payloads import U64, VringState
-from vhostpy.session.effects import EnableRing, SetBackendChannel, SetFeatures
+from vhostpy.session.steps import EnableRing, SetBackendChannel, SetFeatures
 
 
 def test_offer_is_the_devices_and_what_the_core_serves(fresh):
@@ -67,8 +67,8 @@ def test_queue_number_and_slots_are_told(talk):
 
 
 def test_back_end_channel_is_handed_over(talk):
-    (effect,) = talk.say(R.SET_BACKEND_REQ_FD, b"", (eventfd(),))
-    assert isinstance(effect, SetBackendChannel)
+    (step,) = talk.say(R.SET_BACKEND_REQ_FD, b"", (eventfd(),))
+    assert isinstance(step, SetBackendChannel)
 
 
 def test_reset_owner_disables_rings_that_can_be_enabled_again(talk):

@@ -21,7 +21,8 @@ from tests.talk import (
 from vhostpy.errors import ProtocolError
 from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.payloads import U64, VringFile, VringState
-from vhostpy.session.effects import (
+from vhostpy.session.ring import RingState
+from vhostpy.session.steps import (
     EnableRing,
     SetRingAddresses,
     SetRingBase,
@@ -31,7 +32,6 @@ from vhostpy.session.effects import (
     StartRing,
     StopRing,
 )
-from vhostpy.session.ring import RingState
 
 STEPS = {
     "features": lambda t: t.say(R.SET_FEATURES, U64(FEATURES)),
@@ -56,7 +56,7 @@ def test_ring_starts_once_with_the_last_thing_it_needs_in_any_order(no_fd_leaks,
         assert ring.kick is not None
         assert not ring.kick.closed
         assert not ring.enabled
-        talk.session.close()
+        talk.close()
 
 
 def test_ring_without_protocol_features_starts_enabled(fresh):
@@ -155,34 +155,37 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("request_", "name", "effect"), FILES, ids=[f[1] for f in FILES])
-def test_replaced_fd_of_a_running_ring_is_closed_by_who_swaps_it(talk, request_, name, effect):
+@pytest.mark.parametrize(("request_", "name", "step"), FILES, ids=[f[1] for f in FILES])
+def test_fd_of_a_running_ring_stays_where_its_successor_is_refused(talk, request_, name, step):
     talk.start()
     talk.say(request_, VringFile(0, True), (eventfd(),))
-    old = getattr(talk.session.rings[0], name)
-    talk.fail = (effect, ProtocolError("stop here, before it is carried out"))
+    old, new = getattr(talk.session.rings[0], name), eventfd()
+    talk.fail = (step, ProtocolError("it is refused"))
     with pytest.raises(ProtocolError):
-        talk.say(request_, VringFile(0, True), (eventfd(),))
-    new = getattr(talk.session.rings[0], name)
-    assert not new.closed
-    assert new is not old
+        talk.say(request_, VringFile(0, True), (new,))
+    assert getattr(talk.session.rings[0], name) is old and not old.closed
+    assert new.closed
 
 
-@pytest.mark.parametrize(("request_", "name", "effect"), FILES, ids=[f[1] for f in FILES])
-def test_fd_of_a_running_ring_is_swapped_and_taken_away(talk, request_, name, effect):
+@pytest.mark.parametrize(("request_", "name", "step"), FILES, ids=[f[1] for f in FILES])
+def test_fd_of_a_running_ring_is_swapped_and_taken_away(talk, request_, name, step):
     talk.start()
     talk.say(request_, VringFile(0, True), (eventfd(),))
     old = getattr(talk.session.rings[0], name)
-    (swap,) = talk.say(request_, VringFile(0, True), (eventfd(),))
-    assert isinstance(swap, effect)
-    assert swap.replaced is old
-    (gone,) = talk.say(request_, VringFile(0, False))
-    assert isinstance(gone, effect)
-    assert getattr(talk.session.rings[0], name) is None
+    steps = talk.session.handle(talk.hear(request_, VringFile(0, True), (eventfd(),)))
+    swap = next(steps)
+    assert isinstance(swap, step) and not swap.fd.closed
+    assert getattr(talk.session.rings[0], name) is old and not old.closed
+    with pytest.raises(StopIteration):
+        steps.send(None)
+    new = getattr(talk.session.rings[0], name)
+    assert new is not old and not new.closed and old.closed
+    assert talk.say(request_, VringFile(0, False)) == [step(0, None)]
+    assert getattr(talk.session.rings[0], name) is None and new.closed
 
 
-@pytest.mark.parametrize(("request_", "name", "effect"), FILES, ids=[f[1] for f in FILES])
-def test_fd_of_a_stopped_ring_is_replaced_and_the_old_one_closed(talk, request_, name, effect):
+@pytest.mark.parametrize(("request_", "name", "step"), FILES, ids=[f[1] for f in FILES])
+def test_fd_of_a_stopped_ring_is_replaced_and_the_old_one_closed(talk, request_, name, step):
     for _ in range(3):
         old = getattr(talk.session.rings[0], name)
         assert talk.say(request_, VringFile(0, True), (eventfd(),)) == []
@@ -192,12 +195,14 @@ def test_fd_of_a_stopped_ring_is_replaced_and_the_old_one_closed(talk, request_,
 
 def test_addresses_and_base_of_a_running_ring_change(talk):
     talk.start()
-    assert talk.address(log=1, used_log_gpa=0x5000) == [SetRingAddresses(0)]
+    logged = ring_address(0, log=1, used_log_gpa=0x5000)
+    assert talk.say(R.SET_VRING_ADDR, logged) == [SetRingAddresses(0, logged)]
     ring = talk.session.rings[0]
     assert (ring.log_used, ring.used_log_gpa) == (True, 0x5000)
-    assert talk.address(uva=UVA + 0x100) == [SetRingAddresses(0)]
+    moved = ring_address(0, uva=UVA + 0x100)
+    assert talk.say(R.SET_VRING_ADDR, moved) == [SetRingAddresses(0, moved)]
     assert (ring.desc_uva, ring.log_used) == (UVA + 0x100, False)
-    assert talk.say(R.SET_VRING_BASE, VringState(0, 3)) == [SetRingBase(0)]
+    assert talk.say(R.SET_VRING_BASE, VringState(0, 3)) == [SetRingBase(0, 3)]
     assert ring.base == 3
 
 

@@ -1,9 +1,10 @@
 """What a session does for each request: one function a request, by subject.
 
-    effects = SERVED[message.request].handler(session, message)
+    steps = SERVED[message.request].handler(session, message)
 
-A handler checks, changes the session's state and returns the effects; it raises
-ProtocolError, or `Refused` where it changed nothing. Not served: NOT_SERVED says why.
+A handler is a generator: it checks, yields steps, and changes the session's state when they
+have succeeded; it raises ProtocolError, or `Refused` where it changed nothing. The message
+owns its fds until they are moved away. Not served: NOT_SERVED says why.
 """
 
 from collections.abc import Callable
@@ -11,16 +12,16 @@ from dataclasses import dataclass
 
 from vhostpy._spec import ProtocolFeature
 from vhostpy.protocol.codec import FrontEndRequest, Message
-from vhostpy.session.effects import Effect
 from vhostpy.session.handlers import device, memory, negotiation, rings
 from vhostpy.session.state import SessionState
+from vhostpy.session.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
     """Who handles a request, and the protocol feature that it needs."""
 
-    handler: Callable[[SessionState, Message], list[Effect]]
+    handler: Callable[[SessionState, Message], Steps]
     offered: ProtocolFeature | None = None  # "present in GET_PROTOCOL_FEATURES"
     negotiated: ProtocolFeature | None = None  # "successfully negotiated"
 

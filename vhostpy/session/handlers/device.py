@@ -5,22 +5,14 @@ import sys
 from vhostpy.errors import ProtocolError, Refused
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.payloads import CONFIG_SIZE_MAX, U64, Config
-from vhostpy.session.effects import (
-    Effect,
-    Reply,
-    ResetDevice,
-    SendRarp,
-    SetMtu,
-    SetStatus,
-    WriteConfig,
-)
-from vhostpy.session.ring import RingEvent, StopReason
+from vhostpy.session.ring import RingEvent
 from vhostpy.session.state import SessionState
+from vhostpy.session.steps import Reply, SendRarp, SetMtu, Steps, WriteConfig
 
 MTU_MIN, MTU_MAX = 68, 65535  # virtio 1.3, "Network Device / Device configuration layout"
 
 
-def get_config(session: SessionState, message: Message) -> list[Effect]:
+def get_config(session: SessionState, message: Message) -> Steps:
     asked = message.payload
     if not asked.size or asked.offset + asked.size > CONFIG_SIZE_MAX:
         raise Refused(
@@ -30,10 +22,10 @@ def get_config(session: SessionState, message: Message) -> list[Effect]:
     # SPDK's initiator asks for 256 bytes whatever the device has, and wants as many.
     space = session.device.config().ljust(CONFIG_SIZE_MAX, b"\0")
     data = space[asked.offset : asked.offset + asked.size]
-    return [Reply.pack(message.request, Config(asked.offset, asked.flags, data))]
+    yield Reply.pack(message.request, Config(asked.offset, asked.flags, data))
 
 
-def set_config(session: SessionState, message: Message) -> list[Effect]:
+def set_config(session: SessionState, message: Message) -> Steps:
     config, size = message.payload, len(session.device.config())
     if config.flags > 1:
         raise ProtocolError(f"SET_CONFIG: flags {config.flags:#x}, expected 0 or 1")
@@ -41,42 +33,38 @@ def set_config(session: SessionState, message: Message) -> list[Effect]:
         raise Refused(
             f"SET_CONFIG: {config.size} bytes at {config.offset}, the config space has {size}"
         )
-    return [WriteConfig(config.offset, config.data, migration=bool(config.flags))]
+    yield WriteConfig(config.offset, config.data)
 
 
-def net_set_mtu(session: SessionState, message: Message) -> list[Effect]:
+def net_set_mtu(session: SessionState, message: Message) -> Steps:
     mtu = message.payload.value
     if not MTU_MIN <= mtu <= MTU_MAX:
         raise Refused(f"NET_SET_MTU: {mtu}, expected {MTU_MIN} to {MTU_MAX}")
-    return [SetMtu(mtu)]
+    yield SetMtu(mtu)
 
 
-def send_rarp(session: SessionState, message: Message) -> list[Effect]:
+def send_rarp(session: SessionState, message: Message) -> Steps:
     # "The first 6 bytes of the payload contain the mac address of the guest."
-    return [SendRarp(message.payload.value.to_bytes(8, sys.byteorder)[:6])]
+    yield SendRarp(message.payload.value.to_bytes(8, sys.byteorder)[:6])
 
 
-def get_status(session: SessionState, message: Message) -> list[Effect]:
-    return [Reply.pack(message.request, U64(session.device_status))]
+def get_status(session: SessionState, message: Message) -> Steps:
+    yield Reply.pack(message.request, U64(session.device_status))
 
 
-def set_status(session: SessionState, message: Message) -> list[Effect]:
+def set_status(session: SessionState, message: Message) -> Steps:
     status = message.payload.value
     if status > 0xFF:
         raise ProtocolError(f"SET_STATUS: {status:#x}, virtio's device status has 8 bits")
     session.device_status = status
-    return [SetStatus(status)]
+    yield from ()
 
 
-def reset_device(session: SessionState, message: Message) -> list[Effect]:
-    effects: list[Effect] = []
+def reset_device(session: SessionState, message: Message) -> Steps:
     for ring in session.rings:
-        stop = session.advance(ring, RingEvent.STOP, StopReason.RESET)
-        if not stop:
-            ring.close_kick()
-        effects += stop
+        yield from ring.advance(RingEvent.STOP)
+        ring.close_kick()
         ring.reset()
     # Memory stays: QEMU sends only what changed since, where slots are negotiated.
     session.features = None
     session.device_status = 0
-    return [*effects, ResetDevice()]

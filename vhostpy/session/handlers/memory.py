@@ -1,63 +1,71 @@
 """Memory regions, the dirty log, and memory for requests under way."""
 
+from collections.abc import Sequence
+
 from vhostpy._spec import Limit, ProtocolFeature
 from vhostpy.errors import SHARE_ON, ProtocolError, Refused
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.names import listed
 from vhostpy.protocol.payloads import U64, Inflight, Log, MemoryRegion
 from vhostpy.ring.inflight import area_bytes
-from vhostpy.session.effects import (
+from vhostpy.session.regions import FILE_END, Spans, check_regions
+from vhostpy.session.ring import RingEvent
+from vhostpy.session.state import SessionState
+from vhostpy.session.steps import (
     AddRegion,
-    Effect,
     MakeInflight,
     RemoveRegion,
     Reply,
     SetInflight,
     SetLog,
     SetMemory,
+    Steps,
 )
-from vhostpy.session.regions import FILE_END, check_regions
-from vhostpy.session.ring import RingEvent, StopReason
-from vhostpy.session.state import SessionState
+from vhostpy.system.fds import OwnedFd
 
 
-def get_max_mem_slots(session: SessionState, message: Message) -> list[Effect]:
-    return [Reply.pack(message.request, U64(int(Limit.MEM_SLOTS_MAX)))]
+def get_max_mem_slots(session: SessionState, message: Message) -> Steps:
+    yield Reply.pack(message.request, U64(int(Limit.MEM_SLOTS_MAX)))
 
 
-def set_mem_table(session: SessionState, message: Message) -> list[Effect]:
+def set_mem_table(session: SessionState, message: Message) -> Steps:
     regions = message.payload.regions
     if not regions:
         raise ProtocolError("SET_MEM_TABLE: no memory regions", SHARE_ON)
     check_regions(message.name, regions)
-    fds = tuple(fd.move() for fd in message.fds)
+    yield from _stop_unmapped(session, regions)
+    yield SetMemory(regions, message.fds)
     _forget_addresses(session)
-    return _replace_memory(session, list(regions), SetMemory(regions, fds))
+    _know(session, regions)
+    yield from session.settle_all()
 
 
-def add_mem_reg(session: SessionState, message: Message) -> list[Effect]:
+def add_mem_reg(session: SessionState, message: Message) -> Steps:
     region = message.payload.region
     if _find_region(session, region) is not None:
         # QEMU before 8.0 adds, and removes, each region once for every queue pair.
-        return []
+        return
     regions = [*session.regions, region]
     if len(regions) > Limit.MEM_SLOTS_MAX:
         raise ProtocolError(
             f"ADD_MEM_REG: {len(regions)} regions, at most {int(Limit.MEM_SLOTS_MAX)}"
         )
     check_regions(message.name, regions, known=len(session.regions))
-    added = AddRegion(region, message.fds[0].move())
-    return _replace_memory(session, regions, added, shrinks=False)
+    yield AddRegion(region, message.fds[0])
+    _know(session, regions)
+    yield from session.settle_all()
 
 
-def rem_mem_reg(session: SessionState, message: Message) -> list[Effect]:
+def rem_mem_reg(session: SessionState, message: Message) -> Steps:
     index = _find_region(session, message.payload.region)
     if index is None:
-        return []  # the pair before has removed it
+        return  # the pair before has removed it
     region = session.regions[index]
     rest = session.regions[:index] + session.regions[index + 1 :]
+    yield from _stop_unmapped(session, rest)
+    yield RemoveRegion(region)
     _forget_addresses(session, region)
-    return _replace_memory(session, rest, RemoveRegion(region), grows=False)
+    _know(session, rest)
 
 
 def _find_region(session: SessionState, wanted: MemoryRegion) -> int | None:
@@ -83,28 +91,22 @@ def _forget_addresses(session: SessionState, gone: MemoryRegion | None = None) -
             ring.forget_addresses()
 
 
-def _replace_memory(
-    session: SessionState,
-    regions: list[MemoryRegion],
-    effect: Effect,
-    *,
-    grows: bool = True,
-    shrinks: bool = True,
-) -> list[Effect]:
-    """Rings that would lie in no region stop before and start again when they do."""
-    session.regions = regions
-    effects: list[Effect] = []
-    if shrinks:
-        for ring in session.rings:
-            if ring.started and not session.is_mapped(ring):
-                effects += session.advance(ring, RingEvent.UNMAPPED, StopReason.UNMAPPED)
-    return [*effects, effect, *(session.settle_all() if grows else ())]
+def _stop_unmapped(session: SessionState, regions: Sequence[MemoryRegion]) -> Steps:
+    """Rings that will lie in none of `regions` stop before, and start again when they do."""
+    spans = Spans(regions)
+    for ring in session.rings:
+        if ring.started and not session.is_mapped(ring, spans):
+            ring.base = yield from ring.advance(RingEvent.UNMAPPED, True)
+
+
+def _know(session: SessionState, regions: Sequence[MemoryRegion]) -> None:
+    session.regions, session.spans = list(regions), Spans(regions)
 
 
 # Dirty log -----------------------------------------------------------------------------
 
 
-def set_log_base(session: SessionState, message: Message) -> list[Effect]:
+def set_log_base(session: SessionState, message: Message) -> Steps:
     where = message.payload
     if not session.protocol(ProtocolFeature.LOG_SHMFD):
         raise Refused("SET_LOG_BASE: a log without a file needs LOG_SHMFD to be negotiated")
@@ -116,8 +118,9 @@ def set_log_base(session: SessionState, message: Message) -> list[Effect]:
         raise ProtocolError(
             f"SET_LOG_BASE: {where.size:#x} bytes at offset {where.offset:#x} are no log"
         )
+    yield SetLog(message.fds[0], where.offset, where.size)
     session.logging = True
-    return [SetLog(message.fds[0].move(), where.offset, where.size), *session.settle_all()]
+    yield from session.settle_all()
 
 
 # Requests under way --------------------------------------------------------------------
@@ -137,13 +140,16 @@ def _check_inflight(session: SessionState, message: Message) -> Inflight:
     return asked
 
 
-def get_inflight_fd(session: SessionState, message: Message) -> list[Effect]:
+def get_inflight_fd(session: SessionState, message: Message) -> Steps:
     asked = _check_inflight(session, message)
     size = area_bytes(asked.num_queues, asked.queue_size)
-    return [MakeInflight(size, asked.num_queues, asked.queue_size)]
+    made: OwnedFd = yield MakeInflight(size)
+    with made:
+        payload = Inflight(size, 0, asked.num_queues, asked.queue_size)
+        yield Reply.pack(message.request, payload, made)
 
 
-def set_inflight_fd(session: SessionState, message: Message) -> list[Effect]:
+def set_inflight_fd(session: SessionState, message: Message) -> Steps:
     area = _check_inflight(session, message)
     if not area.mmap_size or area.mmap_offset + area.mmap_size > FILE_END:
         raise ProtocolError(
@@ -152,12 +158,6 @@ def set_inflight_fd(session: SessionState, message: Message) -> list[Effect]:
     running = [ring.index for ring in session.rings if ring.started]
     if running:
         raise Refused(f"{message.name}: rings {listed(running)} run")
-    return [
-        SetInflight(
-            message.fds[0].move(),
-            area.mmap_offset,
-            area.mmap_size,
-            area.num_queues,
-            area.queue_size,
-        )
-    ]
+    yield SetInflight(
+        message.fds[0], area.mmap_offset, area.mmap_size, area.num_queues, area.queue_size
+    )

@@ -1,22 +1,22 @@
 """Virtqueues: size, addresses, base, eventfds, enabled or not."""
 
+from dataclasses import replace
+
 from vhostpy._spec import Limit
 from vhostpy.errors import ProtocolError, Refused
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.payloads import VringState
-from vhostpy.session.effects import (
-    Effect,
+from vhostpy.session.ring import VRING_F_LOG, Ring, RingEvent
+from vhostpy.session.state import SessionState
+from vhostpy.session.steps import (
     Reply,
     SetRingAddresses,
     SetRingBase,
     SetRingCall,
     SetRingErr,
+    Steps,
 )
-from vhostpy.session.ring import Ring, RingEvent, StopReason
-from vhostpy.session.state import SessionState
 from vhostpy.system.fds import OwnedFd
-
-VRING_F_LOG = 1  # "A vring address description"
 
 
 def _ring(session: SessionState, message: Message) -> Ring:
@@ -29,7 +29,7 @@ def _ring(session: SessionState, message: Message) -> Ring:
     return session.rings[index]
 
 
-def set_vring_num(session: SessionState, message: Message) -> list[Effect]:
+def set_vring_num(session: SessionState, message: Message) -> Steps:
     ring, num = _ring(session, message), message.payload.num
     if not 1 <= num <= Limit.QUEUE_SIZE_MAX:
         raise ProtocolError(
@@ -38,84 +38,78 @@ def set_vring_num(session: SessionState, message: Message) -> list[Effect]:
         )
     if ring.started:
         if num == ring.num:
-            return []
+            return
         raise Refused(
             f"SET_VRING_NUM: ring {ring.index}: {num} descriptors while it runs with {ring.num}"
         )
     ring.num = num
     ring.check(session.packed)
-    return session.settle(ring)
+    yield from session.settle(ring)
 
 
-def set_vring_addr(session: SessionState, message: Message) -> list[Effect]:
+def set_vring_addr(session: SessionState, message: Message) -> Steps:
     ring, address = _ring(session, message), message.payload
     if address.flags & ~VRING_F_LOG:
         raise Refused(f"SET_VRING_ADDR: ring {ring.index}: unknown flags {address.flags:#x}")
-    ring.set_addresses(address.desc_uva, address.avail_uva, address.used_uva)
-    ring.log_used = bool(address.flags & VRING_F_LOG)
-    ring.used_log_gpa = address.used_log_gpa if ring.log_used else 0
-    ring.check(session.packed)
+    moved = replace(ring)
+    moved.set_addresses(address)
+    moved.check(session.packed)
     if ring.started:
-        session.demand_mapped(ring)
-        return [SetRingAddresses(ring.index)]
-    return session.settle(ring)
+        session.demand_mapped(moved)
+        yield SetRingAddresses(ring.index, address)
+    ring.set_addresses(address)
+    yield from session.settle(ring)
 
 
-def set_vring_base(session: SessionState, message: Message) -> list[Effect]:
+def set_vring_base(session: SessionState, message: Message) -> Steps:
     ring, base = _ring(session, message), message.payload.num
     if session.packed is False and base > 0xFFFF:
         raise ProtocolError(f"SET_VRING_BASE: ring {ring.index}: base {base}, at most 65535")
+    if ring.started:
+        yield SetRingBase(ring.index, base)
     ring.base = base
-    return [SetRingBase(ring.index)] if ring.started else []
 
 
-def get_vring_base(session: SessionState, message: Message) -> list[Effect]:
+def get_vring_base(session: SessionState, message: Message) -> Steps:
     ring = _ring(session, message)
-    effects = session.advance(ring, RingEvent.STOP, StopReason.GET_BASE)
-    if effects:
-        return effects  # ring_stopped() answers
+    base = yield from ring.advance(RingEvent.STOP)
+    if base is not None:
+        ring.base = base
     ring.close_kick()
-    return [Reply.pack(message.request, VringState(ring.index, session.base_of(ring)))]
+    yield Reply.pack(message.request, VringState(ring.index, session.base_of(ring)))
 
 
-def set_vring_kick(session: SessionState, message: Message) -> list[Effect]:
-    ring = _ring(session, message)
-    replaced, ring.kick = ring.kick, _moved(message)
-    effects = session.advance(ring, RingEvent.KICK, replaced)
-    if not effects and replaced is not None:
-        replaced.close()
-    return effects + session.settle(ring)
+def set_vring_kick(session: SessionState, message: Message) -> Steps:
+    ring, fd = _ring(session, message), _fd(message)
+    yield from ring.advance(RingEvent.KICK, fd)
+    ring.replace("kick", _moved(fd))
+    yield from session.settle(ring)
 
 
-def set_vring_call(session: SessionState, message: Message) -> list[Effect]:
-    ring = _ring(session, message)
-    replaced, ring.call = ring.call, _moved(message)
-    return _replaced(ring, replaced, SetRingCall)
+def set_vring_call(session: SessionState, message: Message) -> Steps:
+    ring, fd = _ring(session, message), _fd(message)
+    if ring.started:
+        yield SetRingCall(ring.index, fd)
+    ring.replace("call", _moved(fd))
 
 
-def set_vring_err(session: SessionState, message: Message) -> list[Effect]:
-    ring = _ring(session, message)
-    replaced, ring.err = ring.err, _moved(message)
-    return _replaced(ring, replaced, SetRingErr)
+def set_vring_err(session: SessionState, message: Message) -> Steps:
+    ring, fd = _ring(session, message), _fd(message)
+    if ring.started:
+        yield SetRingErr(ring.index, fd)
+    ring.replace("err", _moved(fd))
 
 
-def set_vring_enable(session: SessionState, message: Message) -> list[Effect]:
+def set_vring_enable(session: SessionState, message: Message) -> Steps:
     ring, num = _ring(session, message), message.payload.num
     if num > 1:
         raise ProtocolError(f"SET_VRING_ENABLE: ring {ring.index}: {num}, expected 0 or 1")
-    return session.enable(ring, bool(num))
+    yield from session.enable([ring], bool(num))
 
 
-def _moved(message: Message) -> OwnedFd | None:
-    return message.fds[0].move() if message.fds else None
+def _fd(message: Message) -> OwnedFd | None:
+    return message.fds[0] if message.fds else None
 
 
-def _replaced(
-    ring: Ring, replaced: OwnedFd | None, effect: type[SetRingCall] | type[SetRingErr]
-) -> list[Effect]:
-    """Of a ring that runs, the old fd is closed by who swaps it."""
-    if ring.started:
-        return [effect(ring.index, replaced)]
-    if replaced is not None:
-        replaced.close()
-    return []
+def _moved(fd: OwnedFd | None) -> OwnedFd | None:
+    return None if fd is None else fd.move()
