@@ -49,8 +49,8 @@ def fuse_file(directory: Path) -> Iterator[int | None]:
 @contextlib.contextmanager
 def held(directory: Path, fd: int, what: str = "write") -> Iterator[bool]:
     """Somebody writes to `fd` and has its lock, if it has one, until the end of the block;
-    False where this process may not mount. `watch`: has the lock of an epoll that watches it,
-    which its last close waits for, and does not hold `fd` itself."""
+    False where this process may not mount. `read`: has the lock of its readers. `watch`: has that
+    of an epoll that watches it, which its last close waits for, and does not hold `fd` itself."""
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(_server(directory))
         if said is None:
@@ -132,6 +132,9 @@ def write(directory: str, fd: int, what: str) -> None:
     where = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file, offset)
     if what == "write":
         libc.write(fd, ctypes.c_void_p(where), ctypes.c_size_t(8))
+        return
+    if what == "read":
+        libc.read(fd, ctypes.c_void_p(where), ctypes.c_size_t(8))
         return
     epoll = select.epoll()
     epoll.register(fd, select.EPOLLIN)

@@ -14,15 +14,14 @@ from typing import Any, ClassVar
 from vhostpy._spec import ProtocolFeature
 from vhostpy.device.device import Device
 from vhostpy.errors import ProtocolError, VhostpyError
-from vhostpy.protocol.codec import BackEndRequest, Decoder, Message, encode, encode_reply
+from vhostpy.protocol.codec import BackEndRequest, Decoder, Message, encode_reply
+from vhostpy.server.channel import Channel
 from vhostpy.server.plane import DataPlane
 from vhostpy.session.peername import peer_name
 from vhostpy.session.session import Session
 from vhostpy.session.steps import Expect, Reply, SetBackendChannel, Step
 from vhostpy.system import fds
 from vhostpy.system.account import Account
-from vhostpy.system.fds import OwnedFd
-from vhostpy.system.notify import is_unix_socket
 
 # A front-end that takes none of our replies for so long has hung.
 SEND_TIMEOUT_S = 10.0
@@ -43,7 +42,7 @@ class Connection:
         self.session = Session(device)
         self.session.front_end = peer_name(sock)
         self.plane = DataPlane(device, self.session, account.calls)
-        self.backend_channel: OwnedFd | None = None
+        self.channel = Channel(device.name, self.fail)
         self._decoder = Decoder()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -75,6 +74,7 @@ class Connection:
         self._failure.cancel()
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
+        self.channel.close()
         try:
             await self.plane.close()
         finally:
@@ -82,8 +82,6 @@ class Connection:
             fds.close_socket(self.sock, self.account)
             self.session.close()
             self._decoder.close()
-            if self.backend_channel is not None:
-                self.backend_channel.close()
 
     def on_bell(self) -> None:
         """Called when a worker or a contained fault sounds the bell."""
@@ -91,28 +89,21 @@ class Connection:
         try:
             self.plane.on_bell()
         except VhostpyError as error:
-            if not self._failure.done():
-                self._failure.set_exception(error.with_traceback(None))
+            self.fail(error)
+
+    def fail(self, error: VhostpyError) -> None:
+        """Ends the session, for a reason that no message has."""
+        if not self._failure.done():
+            self._failure.set_exception(error.with_traceback(None))
 
     def tell_config_changed(self) -> bool:
         """Has the front-end read the config space anew; False: there is no way to tell it.
 
-        Source: vhost-user, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. Waits for nothing: no reply
-        is asked for, and a front-end that takes nothing from its channel is not told.
+        Source: vhost-user, VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. No answer is asked for.
         """
-        if self.backend_channel is None or not self.session.protocol(ProtocolFeature.CONFIG):
-            return False
-        message = encode(BackEndRequest.CONFIG_CHANGE_MSG)
-        # The front-end may have sent any file; of these only one kind never makes us wait.
-        if not is_unix_socket(self.backend_channel.fileno()):
-            return False
-        channel = socket.socket(fileno=self.backend_channel.fileno())
-        try:
-            return channel.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(message)
-        except OSError:
-            return False
-        finally:
-            channel.detach()  # not ours to close
+        return bool(self.session.protocol(ProtocolFeature.CONFIG)) and self.channel.tell(
+            BackEndRequest.CONFIG_CHANGE_MSG
+        )
 
     # Messages --------------------------------------------------------------------------
 
@@ -179,10 +170,7 @@ class Connection:
                     raise ProtocolError(f"the front-end went, expected {name}")
                 return message.payload
             case SetBackendChannel(fd):
-                replaced, self.backend_channel = self.backend_channel, fd.move()
-                if replaced is not None:
-                    replaced.close()
-                return None
+                return self.channel.open(fd)
         return await self.plane.carry_out(step)
 
     async def _send(self, data: bytes, out_fds: Any) -> None:

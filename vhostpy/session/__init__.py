@@ -1,1 +1,1 @@
-"""The back-end's state machine: messages in, effects out; no I/O."""
+"""The back-end's state machine: messages in, steps out; no I/O."""

@@ -162,7 +162,7 @@ def close_all(fds: Sequence[OwnedFd]) -> None:
 
 
 def receive(
-    sock: socket.socket, size: int, account: Account = COMMON
+    sock: socket.socket, size: int, account: Account = COMMON, flags: int = 0
 ) -> tuple[bytes, list[OwnedFd]]:
     """At most `size` bytes, and the fds that came with them; b"" at the end.
 
@@ -172,8 +172,8 @@ def receive(
     Raises ProtocolError where data or fds were cut off, or the account has too many;
     BlockingIOError passes.
     """
-    data, ancillary, flags, _ = sock.recvmsg(
-        size, socket.CMSG_SPACE(FDS_ROOM * INT_SIZE), socket.MSG_CMSG_CLOEXEC
+    data, ancillary, cut, _ = sock.recvmsg(
+        size, socket.CMSG_SPACE(FDS_ROOM * INT_SIZE), socket.MSG_CMSG_CLOEXEC | flags
     )
     fds: list[OwnedFd] = []
     for level, kind, content in ancillary:
@@ -181,7 +181,7 @@ def receive(
             numbers = array.array("i")
             numbers.frombytes(content[: len(content) - len(content) % INT_SIZE])
             fds += [OwnedFd(number, account) for number in numbers]
-    if len(fds) > FDS_MAX or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    if len(fds) > FDS_MAX or cut & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         close_all(fds)
         raise ProtocolError(
             f"a message came with more than {FDS_MAX} file descriptors, or with more than "
