@@ -331,14 +331,14 @@ class Decoder:
         self._expected: tuple[int, type[Payload]] | None = None
 
     def expect(self, request: int, payload: type[Payload]) -> None:
-        """The next message must be this one, with such a payload and no fds."""
+        """The next message must be `request`, with such a payload and no fds."""
         self._expected = request, payload
 
     @property
     def wanted(self) -> int:
         """Bytes that the message under way still lacks before something can be decided.
 
-        Whoever reads no more than that knows that fds belong to this message.
+        A caller that reads no more than that knows that fds belong to this message.
         """
         expected = Header.LAYOUT.size if self._header is None else self._header.size
         return expected - len(self._buffer)
@@ -353,7 +353,7 @@ class Decoder:
 
         `fds` came with `data`. The kernel hands out bytes without fds together with the next
         ones that have some, and stops there: so they belong to the last message that begins
-        in `data`. Whoever reads `wanted` bytes at a time feeds one message's at most.
+        in `data`. A caller that reads `wanted` bytes at a time feeds one message's at most.
         Raises ProtocolError where the form is wrong: all fds in hand are closed then, and
         the stream has no meaning any more.
         """

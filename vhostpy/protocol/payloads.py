@@ -1,7 +1,7 @@
 """What follows a message's header: one type for each layout of the document.
 
 Types say how many bytes they may have, and turn bytes into fields and back; which message
-carries which is `protocol.py`'s table, whether the values make sense the session's business.
+carries which is `codec.py`'s table, whether the values make sense the session's business.
 
 Source: QEMU, docs/interop/vhost-user.rst, "Payload"; sections are named at the types. All
 numbers are in the machine's own byte order.
@@ -101,7 +101,7 @@ class VringFile:
 
     NO_FD: ClassVar = 1 << 8
     LAYOUT: ClassVar = Struct("=Q")
-    index: int  # the u64 without bit 8: whoever uses it checks all of it
+    index: int  # the u64 without bit 8: handlers check all of it
     has_fd: bool
 
     @classmethod
@@ -153,7 +153,7 @@ class SingleRegion:
 class MemoryTable:
     """All regions at once ("Multiple Memory regions description").
 
-    Some send more places than they fill: what lies in those is nothing.
+    Some front-ends send room for more regions than they name: the rest of it is ignored.
     """
 
     LAYOUT: ClassVar = Struct("=I4x")
@@ -318,7 +318,7 @@ class ShmemConfig:
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
         count = cls.LAYOUT.unpack_from(payload)[0] if len(payload) >= cls.LAYOUT.size else 0
-        # Some send all 256 places, filled or not.
+        # Some back-ends send room for all 256, filled or not.
         if len(payload) not in (cls.LAYOUT.size + 8 * count, cls.sizes()[1]):
             raise ProtocolError(f"{count} shared memory regions in {len(payload)} bytes")
         if count > SHMEM_REGIONS_MAX:

@@ -32,7 +32,7 @@ SETTLED_S = 1.0
 class Connection:
     """One front-end's session on a connected socket."""
 
-    # Those whose rings and memory have to be looked at when a worker or a fault calls.
+    # Sessions whose rings and memory have to be looked at when a bell sounds.
     open: ClassVar[weakref.WeakSet["Connection"]] = weakref.WeakSet()
 
     def __init__(self, device: Device, sock: socket.socket, account: Account) -> None:

@@ -109,25 +109,25 @@ class Server:
                     unixsocket.remove_own(self.path, self._identity)
 
     def status(self) -> dict[str, Any]:
-        """Where the handshake stands, for people and programs."""
+        """How far the handshake is, and the rest, for people and programs."""
         connection = self.connection
         where = self.path if self.path is not None else f"fd {self.fd}"
         if connection is None:
             waits = "a front-end to listen" if self.client else "a front-end to connect"
             if self.account.closing.left:
                 waits = f"{self.account.closing.left} files of earlier ones to be closed"
-            handshake: dict[str, Any] = {"handshake": "not connected", "waits_for": waits}
+            session: dict[str, Any] = {"handshake": "not connected", "waits_for": waits}
         else:
-            handshake = connection.session.status()
+            session = connection.session.status()
         if pause_s := self.account.calls.pause_s:
             dear = f"{self.account.calls.dear_ms:.1f} ms of a worker's time"
             paused = f"calls, each of which takes {dear}: none is made for {pause_s:.1f} s"
-            handshake["waits_for"] = "; ".join(filter(None, [handshake["waits_for"], paused]))
+            session["waits_for"] = "; ".join(filter(None, [session["waits_for"], paused]))
         return {
             "socket": where,
             "connected": connection is not None,
             "sessions": self.sessions,
-            **handshake,
+            **session,
             "account": self.account.status(),
             "device": self.device.status(),
         }
@@ -249,7 +249,7 @@ class Failures:
         return bool(self._said)
 
     def add(self, text: str, what: object) -> None:
-        """`text` has a place for our name, and one for `what`: an error, or words."""
+        """`text` has a %s for our name, and one for `what`: an error, or words."""
         said = text % (self.name, what)
         if self._said[said] >= REPEATS or len(self._said) > CAUSES_MAX:
             self._unsaid += 1

@@ -1,4 +1,4 @@
-"""Where a session stands, in words and figures, for `status`. Changes nothing."""
+"""How far a session is, in words and figures, for `status`. Changes nothing."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Who is at the other end of a socket, and how such a program is told to share its memory."""
+"""The program at the other end of a socket, and how it is told to share its memory."""
 
 import re
 import socket

@@ -91,7 +91,7 @@ class Session(SessionState):
             ring.close()
 
     def status(self) -> dict[str, Any]:
-        """Where the handshake stands and what it waits for, in words; and the details."""
+        """How far the handshake is and what it waits for, in words; and the details."""
         return describe(self)
 
     # Answers ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 
 The connection answers and listens, the data plane does the rest; the handler is sent the
 result, or an error is thrown into it. An fd in a step stays its owner's (the message's, as a
-rule, which closes it in the end); who carries the step out and keeps the fd moves it away.
+rule, which closes it in the end); connection or data plane move it away where they keep it.
 """
 
 from collections.abc import Generator
@@ -109,8 +109,8 @@ class MakeInflight(Step[OwnedFd]):
 
 @dataclass(frozen=True, slots=True)
 class SetInflight(Step[None]):
-    """Rings that start from now on remember their requests there, and first do those that
-    they find."""
+    """Rings that start from now on remember their requests there, and first do the requests
+    that they find there."""
 
     fd: OwnedFd
     offset: int
