@@ -138,7 +138,10 @@ class Talk:
         need_reply: bool = False,
     ) -> list[Step[Any]]:
         """The steps of one message, answers left out: those are in `answers`, typed."""
-        message = self.hear(request, payload, fds, need_reply=need_reply)
+        return self.take(self.hear(request, payload, fds, need_reply=need_reply))
+
+    def take(self, message: Message) -> list[Step[Any]]:
+        """The same for a message that was decoded before."""
         self.answers = []
         done: list[Step[Any]] = []
         steps = self.session.handle(message)

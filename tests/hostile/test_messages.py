@@ -481,7 +481,7 @@ def test_mutated_conversation_ends_in_answers_or_one_error_and_no_file(seed):
                 sessions_ended += 1
                 break
         decoder.close()
-        talk.session.close()
+        talk.close()
         del talk
     assert sessions_ended > 50  # else nothing was mutated
     assert open_fds() <= before  # a close of before may have been slow
@@ -498,4 +498,4 @@ def test_session_that_was_ended_takes_nothing_more():
     for _ in range(2):
         with pytest.raises(ProtocolError, match=r"after the session ended: .*ring 256"):
             talk.table(REGION)
-    talk.session.close()
+    talk.close()

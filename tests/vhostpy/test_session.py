@@ -25,6 +25,7 @@ from tests.talk import (
 )
 from vhostpy._spec import ProtocolFeature
 from vhostpy.errors import GuestError, ProtocolError, Refused, VhostpyError
+from vhostpy.protocol.codec import FRONT_END_TABLE
 from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.payloads import (
     U64,
@@ -42,6 +43,7 @@ from vhostpy.protocol.payloads import (
     VringFile,
     VringState,
 )
+from vhostpy.session.handlers import SERVED
 from vhostpy.session.steps import Reply, SetLog, SetMemory, SetMtu, StartRing
 from vhostpy.system.fds import OwnedFd
 
@@ -178,6 +180,11 @@ def test_what_is_not_served_is_refused_as_the_document_says(talk, request_, payl
         assert got.payload.data == answer.pack()
         assert talk.ask(R.SET_OWNER) == U64(0)
     assert all(fd.closed for fd in fds)
+
+
+def test_each_request_of_the_document_has_a_handler_or_says_what_it_needs():
+    for request in R:
+        assert (request in SERVED) != bool(FRONT_END_TABLE[request].needs), request
 
 
 def test_request_that_nobody_knows_ends_a_session_that_asks_for_no_ack(talk):

@@ -153,6 +153,8 @@ class MessageType:
     reply_fds: FdRule = FdRule.NONE
     # The answer that says no, where the document has one.
     refusal: Payload | None = None
+    # What a back-end has to offer for it, where that is not here; in words.
+    needs: str = ""
 
 
 _R, _B = FrontEndRequest, BackEndRequest
@@ -184,16 +186,27 @@ FRONT_END_TABLE: dict[int, MessageType] = {
     _R.SEND_RARP: MessageType((U64,)),
     _R.NET_SET_MTU: MessageType((U64,)),
     _R.SET_BACKEND_REQ_FD: MessageType(fds=FdRule.ONE),
-    _R.IOTLB_MSG: MessageType((Iotlb,), replies=(U64,), refusal=U64(1)),
-    _R.SET_VRING_ENDIAN: MessageType((VringState,)),
+    _R.IOTLB_MSG: MessageType(
+        (Iotlb,), replies=(U64,), refusal=U64(1), needs="feature ACCESS_PLATFORM"
+    ),
+    _R.SET_VRING_ENDIAN: MessageType((VringState,), needs="protocol feature CROSS_ENDIAN"),
     _R.GET_CONFIG: MessageType((Config,), replies=(Config, Empty), refusal=Empty()),
     _R.SET_CONFIG: MessageType((Config,)),
-    _R.CREATE_CRYPTO_SESSION: MessageType((Opaque,), replies=(Opaque,)),
-    _R.CLOSE_CRYPTO_SESSION: MessageType((U64,)),
+    _R.CREATE_CRYPTO_SESSION: MessageType(
+        (Opaque,), replies=(Opaque,), needs="protocol feature CRYPTO_SESSION"
+    ),
+    _R.CLOSE_CRYPTO_SESSION: MessageType((U64,), needs="protocol feature CRYPTO_SESSION"),
     # A reply without the fd says no.
-    _R.POSTCOPY_ADVISE: MessageType(replies=(Empty,), reply_fds=FdRule.OPTIONAL, refusal=Empty()),
-    _R.POSTCOPY_LISTEN: MessageType(),
-    _R.POSTCOPY_END: MessageType(replies=(U64,), refusal=U64(1)),
+    _R.POSTCOPY_ADVISE: MessageType(
+        replies=(Empty,),
+        reply_fds=FdRule.OPTIONAL,
+        refusal=Empty(),
+        needs="protocol feature PAGEFAULT",
+    ),
+    _R.POSTCOPY_LISTEN: MessageType(needs="protocol feature PAGEFAULT"),
+    _R.POSTCOPY_END: MessageType(
+        replies=(U64,), refusal=U64(1), needs="protocol feature PAGEFAULT"
+    ),
     # QEMU takes a size of 0 for 'none'.
     _R.GET_INFLIGHT_FD: MessageType(
         (Inflight,),
@@ -202,9 +215,9 @@ FRONT_END_TABLE: dict[int, MessageType] = {
         refusal=Inflight(0, 0, 0, 0),
     ),
     _R.SET_INFLIGHT_FD: MessageType((Inflight,), FdRule.ONE),
-    _R.GPU_SET_SOCKET: MessageType(fds=FdRule.ONE),
+    _R.GPU_SET_SOCKET: MessageType(fds=FdRule.ONE, needs="a graphics device"),
     _R.RESET_DEVICE: MessageType(),
-    _R.VRING_KICK: MessageType((VringState,)),
+    _R.VRING_KICK: MessageType((VringState,), needs="protocol feature INBAND_NOTIFICATIONS"),
     _R.GET_MAX_MEM_SLOTS: MessageType(replies=(U64,)),
     _R.ADD_MEM_REG: MessageType((SingleRegion,), FdRule.ONE, replies_at_times=(SingleRegion,)),
     # None SHOULD come; some front-ends send one, which MUST be closed.
@@ -212,7 +225,11 @@ FRONT_END_TABLE: dict[int, MessageType] = {
     _R.SET_STATUS: MessageType((U64,)),
     _R.GET_STATUS: MessageType(replies=(U64,)),
     _R.GET_SHARED_OBJECT: MessageType(
-        (SharedObject,), replies=(Empty,), reply_fds=FdRule.OPTIONAL, refusal=Empty()
+        (SharedObject,),
+        replies=(Empty,),
+        reply_fds=FdRule.OPTIONAL,
+        refusal=Empty(),
+        needs="protocol feature SHARED_OBJECT",
     ),
     # Bits 0-7 not zero: an error; bit 8: no fd.
     _R.SET_DEVICE_STATE_FD: MessageType(
@@ -221,10 +238,17 @@ FRONT_END_TABLE: dict[int, MessageType] = {
         replies=(U64,),
         reply_fds=FdRule.OPTIONAL,
         refusal=U64(0x101),
+        needs="protocol feature DEVICE_STATE",
     ),
-    _R.CHECK_DEVICE_STATE: MessageType(replies=(U64,), refusal=U64(1)),
-    _R.GET_SHMEM_CONFIG: MessageType(replies=(ShmemConfig,), refusal=ShmemConfig(())),
-    _R.GET_VRING_BASE_SKIP_DRAIN: MessageType((VringState,), replies=(VringState,)),
+    _R.CHECK_DEVICE_STATE: MessageType(
+        replies=(U64,), refusal=U64(1), needs="protocol feature DEVICE_STATE"
+    ),
+    _R.GET_SHMEM_CONFIG: MessageType(
+        replies=(ShmemConfig,), refusal=ShmemConfig(()), needs="protocol feature SHMEM"
+    ),
+    _R.GET_VRING_BASE_SKIP_DRAIN: MessageType(
+        (VringState,), replies=(VringState,), needs="protocol feature GET_VRING_BASE_SKIP_DRAIN"
+    ),
 }
 
 BACK_END_TABLE: dict[int, MessageType] = {

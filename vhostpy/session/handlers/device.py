@@ -2,9 +2,12 @@
 
 import sys
 
+from vhostpy._spec import ProtocolFeature as F
 from vhostpy.errors import ProtocolError, Refused
+from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.payloads import CONFIG_SIZE_MAX, U64, Config
+from vhostpy.session.handlers.served import Served
 from vhostpy.session.ring import RingEvent
 from vhostpy.session.state import SessionState
 from vhostpy.session.steps import Reply, SendRarp, SetMtu, Steps, WriteConfig
@@ -68,3 +71,16 @@ def reset_device(session: SessionState, message: Message) -> Steps:
     # Memory stays: QEMU sends only what changed since, where slots are negotiated.
     session.features = None
     session.device_status = 0
+
+
+# Requests ------------------------------------------------------------------------------
+
+SERVED: dict[int, Served] = {
+    R.SEND_RARP: Served(send_rarp, offered=F.RARP),
+    R.NET_SET_MTU: Served(net_set_mtu, offered=F.MTU),
+    R.GET_CONFIG: Served(get_config, negotiated=F.CONFIG),
+    R.SET_CONFIG: Served(set_config, negotiated=F.CONFIG),
+    R.RESET_DEVICE: Served(reset_device, offered=F.RESET_DEVICE),
+    R.SET_STATUS: Served(set_status, negotiated=F.STATUS),
+    R.GET_STATUS: Served(get_status, negotiated=F.STATUS),
+}

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
-from vhostpy._spec import Limit, ProtocolFeature
+from vhostpy._spec import Limit
+from vhostpy._spec import ProtocolFeature as F
 from vhostpy.errors import SHARE_ON, ProtocolError, Refused
+from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.names import listed
 from vhostpy.protocol.payloads import U64, Inflight, Log, MemoryRegion
 from vhostpy.ring.inflight import area_bytes
+from vhostpy.session.handlers.served import Served
 from vhostpy.session.regions import FILE_END, Spans, check_regions
 from vhostpy.session.ring import RingEvent
 from vhostpy.session.state import SessionState
@@ -108,7 +111,7 @@ def _know(session: SessionState, regions: Sequence[MemoryRegion]) -> None:
 
 def set_log_base(session: SessionState, message: Message) -> Steps:
     where = message.payload
-    if not session.protocol(ProtocolFeature.LOG_SHMFD):
+    if not session.protocol(F.LOG_SHMFD):
         raise Refused("SET_LOG_BASE: a log without a file needs LOG_SHMFD to be negotiated")
     if not isinstance(where, Log) or len(message.fds) != 1:
         raise ProtocolError(
@@ -161,3 +164,16 @@ def set_inflight_fd(session: SessionState, message: Message) -> Steps:
     yield SetInflight(
         message.fds[0], area.mmap_offset, area.mmap_size, area.num_queues, area.queue_size
     )
+
+
+# Requests ------------------------------------------------------------------------------
+
+SERVED: dict[int, Served] = {
+    R.SET_MEM_TABLE: Served(set_mem_table),
+    R.SET_LOG_BASE: Served(set_log_base),
+    R.GET_MAX_MEM_SLOTS: Served(get_max_mem_slots, negotiated=F.CONFIGURE_MEM_SLOTS),
+    R.ADD_MEM_REG: Served(add_mem_reg, negotiated=F.CONFIGURE_MEM_SLOTS),
+    R.REM_MEM_REG: Served(rem_mem_reg, negotiated=F.CONFIGURE_MEM_SLOTS),
+    R.GET_INFLIGHT_FD: Served(get_inflight_fd, offered=F.INFLIGHT_SHMFD),
+    R.SET_INFLIGHT_FD: Served(set_inflight_fd, offered=F.INFLIGHT_SHMFD),
+}

@@ -1,10 +1,13 @@
 """Features, protocol features, owner, queues, the back-end's own channel."""
 
 from vhostpy._spec import Feature
+from vhostpy._spec import ProtocolFeature as F
 from vhostpy.errors import Refused
+from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.names import feature_names, listed, protocol_feature_names
 from vhostpy.protocol.payloads import U64
+from vhostpy.session.handlers.served import Served
 from vhostpy.session.state import SessionState
 from vhostpy.session.steps import Reply, SetBackendChannel, SetFeatures, Steps
 
@@ -69,3 +72,19 @@ def get_queue_num(session: SessionState, message: Message) -> Steps:
 
 def set_backend_req_fd(session: SessionState, message: Message) -> Steps:
     yield SetBackendChannel(message.fds[0])
+
+
+# Requests ------------------------------------------------------------------------------
+
+SERVED: dict[int, Served] = {
+    R.GET_FEATURES: Served(get_features),
+    R.SET_FEATURES: Served(set_features),
+    R.SET_OWNER: Served(nothing),
+    R.RESET_OWNER: Served(reset_owner),
+    # "May be used to inform the front-end that the log has been modified": it is not.
+    R.SET_LOG_FD: Served(nothing),
+    R.GET_PROTOCOL_FEATURES: Served(get_protocol_features),
+    R.SET_PROTOCOL_FEATURES: Served(set_protocol_features),
+    R.GET_QUEUE_NUM: Served(get_queue_num, offered=F.MQ),
+    R.SET_BACKEND_REQ_FD: Served(set_backend_req_fd, offered=F.BACKEND_REQ),
+}

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from vhostpy._spec import Limit
 from vhostpy.errors import ProtocolError, Refused
+from vhostpy.protocol.codec import FrontEndRequest as R
 from vhostpy.protocol.codec import Message
 from vhostpy.protocol.payloads import VringState
+from vhostpy.session.handlers.served import Served
 from vhostpy.session.ring import VRING_F_LOG, Ring, RingEvent
 from vhostpy.session.state import SessionState
 from vhostpy.session.steps import (
@@ -113,3 +115,17 @@ def _fd(message: Message) -> OwnedFd | None:
 
 def _moved(fd: OwnedFd | None) -> OwnedFd | None:
     return None if fd is None else fd.move()
+
+
+# Requests ------------------------------------------------------------------------------
+
+SERVED: dict[int, Served] = {
+    R.SET_VRING_NUM: Served(set_vring_num),
+    R.SET_VRING_ADDR: Served(set_vring_addr),
+    R.SET_VRING_BASE: Served(set_vring_base),
+    R.GET_VRING_BASE: Served(get_vring_base),
+    R.SET_VRING_KICK: Served(set_vring_kick),
+    R.SET_VRING_CALL: Served(set_vring_call),
+    R.SET_VRING_ERR: Served(set_vring_err),
+    R.SET_VRING_ENABLE: Served(set_vring_enable),
+}
