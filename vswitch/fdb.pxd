@@ -9,7 +9,7 @@ from vhostpy.system.hw cimport likely, prefetch_read
 
 cdef extern from *:
     """
-    /* An entry: one word, so that whoever reads it has all of it. 0: a free place. */
+    /* An entry: one word, so that a reader has all of it. 0: a free slot. */
     #define VHOSTPY_FDB_OCCUPIED (1ull << 63)
     #define VHOSTPY_FDB_PORT_BIT 51               /* 12 bits */
     #define VHOSTPY_FDB_FRESH (1ull << 50)        /* seen in this second */
@@ -19,7 +19,7 @@ cdef extern from *:
     #define VHOSTPY_FDB_SAME (~(0xfffull << VHOSTPY_FDB_PORT_BIT | VHOSTPY_FDB_FRESH))
 
     /* The word of a bucket whose bits of SAME are `wanted`; 0: none. Without a branch: no
-       predictor guesses in which of eight places a key is. Each word is read once. Of two that
+       predictor guesses in which of eight slots a key is. Each word is read once. Of two that
        match, since the key was put elsewhere meanwhile, one is chosen: both were answers. */
     static inline uint64_t vhostpy_fdb_word_in(const uint64_t *bucket, uint64_t wanted)
     {
@@ -50,12 +50,12 @@ cdef extern from *:
 cdef enum:
     FDB_UNKNOWN = -1
     FDB_PORTS_MAX = 4096   # port numbers are below this
-    PLACES = 8             # in a bucket, which is one cache line
+    SLOTS = 8             # in a bucket, which is one cache line
 
 
 cdef class ForwardingTable:
     cdef uint64_t *table         # buckets of eight words
-    cdef uint32_t *seen_s        # of each place: the second when its entry was last seen
+    cdef uint32_t *seen_s        # of each slot: the second when its entry was last seen
     cdef uint64_t bucket_mask
     cdef uint64_t seed           # secret: a guest can't choose MACs that share a bucket
     cdef uint32_t lock           # writers
@@ -74,17 +74,17 @@ cdef class ForwardingTable:
     # Any worker, concurrently. Never a group address.
 
     cdef void note(self, uint64_t hash, int port) noexcept nogil
-    cdef uint64_t *place_of(self, uint64_t *bucket, uint64_t tag) noexcept nogil
-    cdef uint64_t *place_for(self, uint64_t *first, uint64_t *second) noexcept nogil
-    cdef uint64_t *free_place(self, uint64_t *bucket) noexcept nogil
+    cdef uint64_t *slot_of(self, uint64_t *bucket, uint64_t tag) noexcept nogil
+    cdef uint64_t *slot_for(self, uint64_t *first, uint64_t *second) noexcept nogil
+    cdef uint64_t *free_slot(self, uint64_t *bucket) noexcept nogil
     cdef uint64_t *vacated(self, uint64_t *bucket) noexcept nogil
     cdef bint make_room(self, int port) noexcept nogil
     cdef bint evict_from(self, uint64_t *bucket, uint32_t share) noexcept nogil
-    cdef void put(self, uint64_t *place, uint64_t identity, int port) noexcept nogil
-    cdef void clear(self, uint64_t *place) noexcept nogil
+    cdef void put(self, uint64_t *slot, uint64_t identity, int port) noexcept nogil
+    cdef void clear(self, uint64_t *slot) noexcept nogil
     cdef void count_entry(self, int port, int change) noexcept nogil
     cdef void sweep(self) noexcept nogil
-    cdef bint is_old(self, uint64_t *place) noexcept nogil
+    cdef bint is_old(self, uint64_t *slot) noexcept nogil
     cdef void set_flushing(self, bint flushing) noexcept nogil
     cdef uint64_t key_of(self, uint64_t bucket, uint64_t word) noexcept nogil
 
@@ -110,7 +110,7 @@ cdef inline uint64_t fdb_hash(ForwardingTable table, uint64_t key) noexcept nogi
 
 
 cdef inline uint64_t *fdb_first(ForwardingTable table, uint64_t hash) noexcept nogil:
-    return &table.table[(hash & table.bucket_mask) * PLACES]
+    return &table.table[(hash & table.bucket_mask) * SLOTS]
 
 
 cdef inline uint64_t fdb_to_other(ForwardingTable table, uint64_t hash) noexcept nogil:
@@ -119,7 +119,7 @@ cdef inline uint64_t fdb_to_other(ForwardingTable table, uint64_t hash) noexcept
 
 
 cdef inline uint64_t *fdb_second(ForwardingTable table, uint64_t hash) noexcept nogil:
-    return &table.table[(hash & table.bucket_mask ^ fdb_to_other(table, hash)) * PLACES]
+    return &table.table[(hash & table.bucket_mask ^ fdb_to_other(table, hash)) * SLOTS]
 
 
 cdef inline int fdb_port_of(uint64_t word) noexcept nogil:

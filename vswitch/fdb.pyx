@@ -3,7 +3,7 @@
 An entry is one word of 64 bits, a bucket a cache line of eight. A key is not stored: it is
 hashed to as many bits, some of which say the bucket, the others are the entry's tag. Its entry
 stands in its first bucket or, where that is full, in its second. The table has at least twice
-as many places as its limit allows entries: so one lookup in a hundred goes to a second bucket,
+as many slots as its limit allows entries: so one lookup in a hundred goes to a second bucket,
 and where both of a key are full, another entry moves. Lookups take no lock; writers share one
 spinlock, which nobody holds for longer than it takes to find and change one entry.
 
@@ -41,11 +41,11 @@ cdef class ForwardingTable:
             raise ConfigError(f"forwarding table: limit {limit} is not in 1..{LIMIT_MAX}")
         if not 1 <= age_s <= 1_000_000:
             raise ConfigError(f"forwarding table: age of {age_s} s is not in 1..1000000")
-        while buckets * PLACES < <uint64_t>(2 * limit):
+        while buckets * SLOTS < <uint64_t>(2 * limit):
             buckets *= 2
-        size = buckets * PLACES * sizeof(uint64_t)
+        size = buckets * SLOTS * sizeof(uint64_t)
         self.table = <uint64_t *>aligned_alloc(64, size)
-        self.seen_s = <uint32_t *>calloc(buckets * PLACES, sizeof(uint32_t))
+        self.seen_s = <uint32_t *>calloc(buckets * SLOTS, sizeof(uint32_t))
         self.port_counts = <uint32_t *>calloc(FDB_PORTS_MAX, sizeof(uint32_t))
         if self.table == NULL or self.seen_s == NULL or self.port_counts == NULL:
             raise MemoryError("forwarding table")
@@ -77,55 +77,55 @@ cdef class ForwardingTable:
         cdef uint64_t tag = hash >> TAG_FROM
         cdef uint64_t *first = fdb_first(self, hash)
         cdef uint64_t *second = fdb_second(self, hash)
-        cdef uint64_t *place = self.place_of(first, tag)
-        if place == NULL:
-            place = self.place_of(second, SECOND | tag)
-        if place != NULL:
-            self.moved += fdb_port_of(place[0]) != port
-            self.put(place, place[0] & SAME, port)
+        cdef uint64_t *slot = self.slot_of(first, tag)
+        if slot == NULL:
+            slot = self.slot_of(second, SECOND | tag)
+        if slot != NULL:
+            self.moved += fdb_port_of(slot[0]) != port
+            self.put(slot, slot[0] & SAME, port)
             return
-        place = self.place_for(first, second)
-        if place == NULL or self.count >= self.limit and not self.make_room(port):
+        slot = self.slot_for(first, second)
+        if slot == NULL or self.count >= self.limit and not self.make_room(port):
             self.refused += 1
             return
-        self.put(place, OCCUPIED | tag | (0 if first <= place < first + PLACES else SECOND), port)
+        self.put(slot, OCCUPIED | tag | (0 if first <= slot < first + SLOTS else SECOND), port)
         self.learned += 1
 
-    cdef uint64_t *place_of(self, uint64_t *bucket, uint64_t tag) noexcept nogil:
+    cdef uint64_t *slot_of(self, uint64_t *bucket, uint64_t tag) noexcept nogil:
         """Where the entry of that tag is; NULL: nowhere."""
         cdef int i
-        for i in range(PLACES):
+        for i in range(SLOTS):
             if bucket[i] & SAME == OCCUPIED | tag:
                 return &bucket[i]
         return NULL
 
-    cdef uint64_t *place_for(self, uint64_t *first, uint64_t *second) noexcept nogil:
-        cdef uint64_t *place = self.free_place(first)
-        if place == NULL:
-            place = self.free_place(second)
-        return place if place != NULL else self.vacated(first)
+    cdef uint64_t *slot_for(self, uint64_t *first, uint64_t *second) noexcept nogil:
+        cdef uint64_t *slot = self.free_slot(first)
+        if slot == NULL:
+            slot = self.free_slot(second)
+        return slot if slot != NULL else self.vacated(first)
 
-    cdef uint64_t *free_place(self, uint64_t *bucket) noexcept nogil:
+    cdef uint64_t *free_slot(self, uint64_t *bucket) noexcept nogil:
         cdef int i
-        for i in range(PLACES):
+        for i in range(SLOTS):
             if bucket[i] == 0:
                 return &bucket[i]
         return NULL
 
     cdef uint64_t *vacated(self, uint64_t *bucket) noexcept nogil:
-        """The place of one of its entries, which moves to its other bucket; NULL: all full."""
-        cdef uint64_t number = (bucket - self.table) / PLACES
-        cdef uint64_t *place
+        """The slot of one of its entries, which moves to its other bucket; NULL: all full."""
+        cdef uint64_t number = (bucket - self.table) / SLOTS
+        cdef uint64_t *slot
         cdef int i
         if self.flushing:
             return NULL          # flush() must not miss what moves behind it
-        for i in range(PLACES):
-            place = self.free_place(
-                &self.table[(number ^ fdb_to_other(self, bucket[i] << TAG_FROM)) * PLACES])
-            if place != NULL:
-                self.seen_s[place - self.table] = self.seen_s[&bucket[i] - self.table]
+        for i in range(SLOTS):
+            slot = self.free_slot(
+                &self.table[(number ^ fdb_to_other(self, bucket[i] << TAG_FROM)) * SLOTS])
+            if slot != NULL:
+                self.seen_s[slot - self.table] = self.seen_s[&bucket[i] - self.table]
                 # The new one first. Who misses both floods a frame.
-                store_release_u64(place, bucket[i] ^ SECOND)
+                store_release_u64(slot, bucket[i] ^ SECOND)
                 store_release_u64(&bucket[i], 0)
                 return &bucket[i]
         return NULL
@@ -137,37 +137,37 @@ cdef class ForwardingTable:
         cdef long _i
         if self.port_counts[port] >= share:
             return False
-        # Some port is above its share. Where its places are few among many, the next frame
+        # Some port is above its share. Where its slots are few among many, the next frame
         # goes on where this one gives up: others wait for the lock.
         for _i in range(1 << TAG_FROM):
             self.hand = (self.hand + 1) & self.bucket_mask
-            if self.evict_from(&self.table[self.hand * PLACES], share):
+            if self.evict_from(&self.table[self.hand * SLOTS], share):
                 return True
         return False
 
     cdef bint evict_from(self, uint64_t *bucket, uint32_t share) noexcept nogil:
         cdef int i
-        for i in range(PLACES):
+        for i in range(SLOTS):
             if bucket[i] and self.port_counts[fdb_port_of(bucket[i])] > share:
                 self.clear(&bucket[i])
                 self.evicted += 1
                 return True
         return False
 
-    cdef void put(self, uint64_t *place, uint64_t identity, int port) noexcept nogil:
+    cdef void put(self, uint64_t *slot, uint64_t identity, int port) noexcept nogil:
         """The entry there was seen now, behind that port."""
-        cdef uint64_t old = place[0]
-        self.seen_s[place - self.table] = self.now_s
-        store_release_u64(place, identity | FRESH | <uint64_t>port << PORT_BIT)
+        cdef uint64_t old = slot[0]
+        self.seen_s[slot - self.table] = self.now_s
+        store_release_u64(slot, identity | FRESH | <uint64_t>port << PORT_BIT)
         if old == 0 or fdb_port_of(old) != port:
             self.count_entry(port, 1)
             if old:
                 self.count_entry(fdb_port_of(old), -1)
             store_release_u64(&self.changes, self.changes + 1)
 
-    cdef void clear(self, uint64_t *place) noexcept nogil:
-        self.count_entry(fdb_port_of(place[0]), -1)
-        store_release_u64(place, 0)
+    cdef void clear(self, uint64_t *slot) noexcept nogil:
+        self.count_entry(fdb_port_of(slot[0]), -1)
+        store_release_u64(slot, 0)
         store_release_u64(&self.changes, self.changes + 1)
 
     cdef void count_entry(self, int port, int change) noexcept nogil:
@@ -184,48 +184,48 @@ cdef class ForwardingTable:
         if self.count:
             with nogil:
                 self.sweep()
-                # Whoever keeps answers asks again, so that what sends is seen in this second.
+                # A forwarder that keeps answers asks again: its sender is seen in this second.
                 spin_lock(&self.lock)
                 store_release_u64(&self.changes, self.changes + 1)
                 spin_unlock(&self.lock)
 
     cdef void sweep(self) noexcept nogil:
         cdef uint64_t bucket
-        cdef uint64_t *place
+        cdef uint64_t *slot
         cdef int i
         for bucket in range(self.bucket_mask + 1):
-            for i in range(PLACES):
-                place = &self.table[bucket * PLACES + i]
+            for i in range(SLOTS):
+                slot = &self.table[bucket * SLOTS + i]
                 # The lock only where there is something to do: workers wait for it.
-                if not read_once_u64(place) & FRESH and not self.is_old(place):
+                if not read_once_u64(slot) & FRESH and not self.is_old(slot):
                     continue
                 spin_lock(&self.lock)
-                if self.is_old(place):
-                    self.clear(place)
+                if self.is_old(slot):
+                    self.clear(slot)
                     self.aged += 1
                 else:
-                    store_release_u64(place, place[0] & ~FRESH)
+                    store_release_u64(slot, slot[0] & ~FRESH)
                 spin_unlock(&self.lock)
 
-    cdef bint is_old(self, uint64_t *place) noexcept nogil:
-        cdef uint32_t seen = read_once_u32(&self.seen_s[place - self.table])
-        return read_once_u64(place) != 0 and <int32_t>(self.now_s - seen) >= <int32_t>self.age_s
+    cdef bint is_old(self, uint64_t *slot) noexcept nogil:
+        cdef uint32_t seen = read_once_u32(&self.seen_s[slot - self.table])
+        return read_once_u64(slot) != 0 and <int32_t>(self.now_s - seen) >= <int32_t>self.age_s
 
     def flush(self, port: int | None = None) -> int:
         """Forgets the entries of one port, or all; returns how many."""
         cdef int wanted = -1 if port is None else port
         cdef uint64_t i
-        cdef uint64_t *place
+        cdef uint64_t *slot
         cdef int forgotten = 0
         with nogil:
             self.set_flushing(True)
-            for i in range((self.bucket_mask + 1) * PLACES):
-                place = &self.table[i]
-                if read_once_u64(place) == 0:
+            for i in range((self.bucket_mask + 1) * SLOTS):
+                slot = &self.table[i]
+                if read_once_u64(slot) == 0:
                     continue
                 spin_lock(&self.lock)
-                if place[0] and (wanted < 0 or fdb_port_of(place[0]) == wanted):
-                    self.clear(place)
+                if slot[0] and (wanted < 0 or fdb_port_of(slot[0]) == wanted):
+                    self.clear(slot)
                     forgotten += 1
                 spin_unlock(&self.lock)
             # Takes the lock behind the last look: who cleared an entry that was not seen any
@@ -242,11 +242,11 @@ cdef class ForwardingTable:
         """(VLAN, MAC, port, seconds since it was seen) of every entry."""
         cdef uint64_t i, key, word
         found = []
-        for i in range((self.bucket_mask + 1) * PLACES):
+        for i in range((self.bucket_mask + 1) * SLOTS):
             word = read_once_u64(&self.table[i])
             if word == 0:
                 continue
-            key = self.key_of(i / PLACES, word)
+            key = self.key_of(i / SLOTS, word)
             mac = int(key & 0xffffffffffff).to_bytes(6, "little")
             found.append((int(key >> 48), mac, fdb_port_of(word), self.now_s - self.seen_s[i]))
         return found
