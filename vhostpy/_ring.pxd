@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from vhostpy.ring.chain cimport (
     BURST, CHAIN_BAD_INDEX, CHAIN_BAD_INDIRECT, CHAIN_BAD_ORDER, CHAIN_FAULTS, CHAIN_OK,
     CHAIN_TOO_LONG, CHAIN_TOO_MANY_SEGMENTS, CHAIN_UNMAPPED, CHAIN_ZERO_LENGTH, RING_BROKEN,
-    SCRATCH_SEGMENTS, Chain, ChainFault, Scratch,
+    SCRATCH_BYTES, SCRATCH_SEGMENTS, Chain, ChainFault, Scratch,
 )
 from vhostpy.system.calls cimport Calls
 from vhostpy.ring.driver cimport DriverVirtqueue

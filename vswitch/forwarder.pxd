@@ -1,6 +1,7 @@
 """What one port's transmit queue goes through: which port gets a frame."""
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint64_t
+from vhostpy.vswitch.care cimport Care
 from vhostpy.vswitch.port cimport Frame, Port
 from vhostpy._ring cimport BURST, Scratch
 from vhostpy.runtime.pool cimport Pollable, Turn
@@ -14,14 +15,10 @@ cdef class Forwarder(Pollable):
     cdef Ports ports
     cdef ForwardingTable fdb
     cdef uint64_t full_wait_ticks    # how long a frame may wait for its receiver
-    cdef uint64_t pause_ticks        # a sender that is silent for so long gets its buffers back
     cdef Port port
     cdef int queue
     cdef int kick_fd
     cdef bint told           # that the queue is broken
-
-    cdef uint64_t received_at        # when there was a frame, last
-    cdef uint64_t shown_at           # and when the sender got buffers back that it waited for
 
     # Between turns. Bit i speaks of frame i of the next burst: what a turn leaves undone
     # goes back to the port and comes again, with what is done already in between.
@@ -34,39 +31,28 @@ cdef class Forwarder(Pollable):
     # The last destination looked up.
     cdef uint64_t cached_pair[2]     # the first 12 bytes of its frame
     cdef uint64_t cached_changes
+    cdef uint16_t cached_vlan
     cdef int cached_place
     cdef int looked_up       # frames of the last burst that were not of that pair
 
     # Within a turn.
     cdef Frame *burst
-    cdef int places[BURST]   # where frames go: a place in the table, or a Verdict
+    cdef int places[BURST]   # where frames go: a place in the table, or a Decision
     cdef uint64_t destinations[BURST]   # hashes of frames' addresses, once prepared
     cdef uint64_t sources[BURST]
     cdef Frame *group[BURST]
-    cdef uint64_t group_mask  # frames that go where the group goes; those that are in it
+    cdef uint64_t group_mask  # frames that go where the group goes; frames that are in it
     cdef uint64_t taken_mask
-    cdef int64_t group_bytes
     cdef Frame *all[BURST]     # pointers to all of the burst
     cdef uint64_t floods
     cdef uint64_t unicasts
     cdef int64_t unicast_bytes
     cdef bint alike            # all unicasts go to one place
-    # Where a poll of it was blocked, its own memory or a receiver's may have been the cause.
-    # So for a while it copies frames out of the sender's first, and takes times in between.
-    cdef uint64_t careful_until      # ticks(); 0: it is not
-    cdef uint8_t *copies     # room for a burst of them
-    cdef bint careful
-    cdef uint64_t step_at            # when the last step ended
-    cdef uint64_t slowest            # the longest step of this poll
-    cdef void *slowest_port          # borrowed Port, whose memory it was; NULL: the sender's
+    cdef Care care
     cdef uint64_t refused    # found their receivers full in this turn
     cdef Scratch scratch     # for turn() and settle() only
 
-    cdef bint begin_careful(self, Turn *turn) noexcept nogil
-    cdef void take_copies(self, int count) noexcept nogil
-    cdef void note_step(self, void *port) noexcept nogil
     cdef int give(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil
-    cdef bint is_slow(self, Port port, uint64_t now) noexcept nogil
     cdef void check_pair(self) noexcept nogil
     cdef bint all_of_pair(self, int count) noexcept nogil
     cdef void decide(self, PortTable *table, uint64_t todo) noexcept nogil

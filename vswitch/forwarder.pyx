@@ -4,7 +4,7 @@ Decides on a frame's snapshot; moves bursts between ports; copies nothing itself
 
 A Forwarder serves one transmit queue of one port. A turn of it: receive a burst, decide
 for each frame (drop, flood, or one port), deliver the floods, then what goes to one
-port, grouped so that each port is called once; release. Whatever a turn can't finish
+port, grouped so that each port is called once; release. What a turn can't finish
 (its budget is spent, a receiver is full) goes back to the port and comes again with the
 next turn, so nothing points into a guest's memory between turns: the Forwarder keeps
 bit masks that say what is done already.
@@ -13,36 +13,41 @@ Floods come first: while a destination is being learned, frames of one flow may 
 flooded and delivered in the same burst, and the flooded ones are the older.
 """
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
 
 from vhostpy.ring.chain cimport scratch_free, scratch_make
 from vhostpy.system.hw cimport (
     aligned_alloc, likely, load_acquire_ptr, load_acquire_u64, read_once_u64, ticks, unlikely,
-    write_once_u32, write_once_u64,
+    write_once_u64,
 )
-from vhostpy.vswitch.port cimport DROPS, Drop, Frame, Port
+from vhostpy.vswitch.care cimport (
+    CAREFUL_BURST, care_begin, care_copy, care_passes_over, care_stalled, care_step,
+)
+from vhostpy.vswitch.port cimport DROPS, Drop, Frame, Port, charge
 from vhostpy._ring cimport BURST
 from vhostpy.vswitch.masks cimport bits_below, bits_of, leading_zeros, lowest_bit, shifted
-from vhostpy.vswitch.table cimport Place, PortTable, Ports
+from vhostpy.vswitch.table cimport Place, PortTable, Ports, next_member
 from vhostpy.vswitch.fdb cimport (
     FDB_UNKNOWN, ForwardingTable, fdb_key, fdb_learn, fdb_lookup, fdb_prepare,
 )
 from vhostpy.runtime.pool cimport BUDGET_BYTES, BUDGET_FRAMES, BUDGET_STEPS, Pollable, Turn
 
-cdef enum Verdict:
-    # Where a frame goes, if not to a place in the table.
-    FLOOD = -1
+cdef enum Decision:
+    # Where a frame goes: to one port, by its place in the table, else:
+    EVERYONE = -1          # to a set of them
     DROPPED = -2           # DROPPED - reason, of Drop
+
+
+cdef inline const uint64_t *members_of(const PortTable *table, int decision) noexcept nogil:
+    """The set of ports that a frame goes to, its sender's among them. Frames that are flooded
+    together go to one set."""
+    return table.everyone
+
 
 cdef enum:
     SCATTERED = 8          # frames of a burst that the last burst's destination did not serve
-    HELD_PAUSES = 4        # a sender that goes on sending waits for buffers for so many
-    # Frames of one poll that copies them first, and what one of them may be long.
-    CAREFUL_BURST = 8
-    COPY_MAX = 65536 + 64
-    CAREFUL_STALLS = 10    # it is careful for so many times as long as it was blocked
 
 cdef uint64_t ONE = 1
 
@@ -52,17 +57,15 @@ cdef class Forwarder(Pollable):
     """Forwards what one port receives on one queue. Made by Switch.forward()."""
 
     def __cinit__(self, Ports ports not None, ForwardingTable fdb not None,
-                  uint64_t full_wait_ticks, uint64_t pause_ticks, Port port not None, int queue,
-                  int kick_fd):
+                  uint64_t full_wait_ticks, Port port not None, int queue, int kick_fd):
         self.ports = ports
         self.fdb = fdb
         self.full_wait_ticks = full_wait_ticks
-        self.pause_ticks = pause_ticks
         self.port = port
         self.queue = queue
         self.kick_fd = kick_fd
         self.conduct = port.conduct
-        self.careful_until = port.conduct.until     # 0, unless its rings before were slow
+        self.care.until = port.conduct.until     # 0, unless its rings before were slow
         self.cached_place = DROPPED
         self.burst = <Frame *>aligned_alloc(64, BURST * sizeof(Frame))
         if self.burst == NULL:
@@ -72,7 +75,7 @@ cdef class Forwarder(Pollable):
 
     def __dealloc__(self):
         free(self.burst)
-        free(self.copies)
+        free(self.care.copies)
         scratch_free(&self.scratch)
 
     # A turn -------------------------------------------------------------------------
@@ -81,26 +84,19 @@ cdef class Forwarder(Pollable):
         # Pairs with Ports.publish().
         cdef PortTable *table = <PortTable *>load_acquire_ptr(<void **>&self.ports.table)
         cdef int count, limit = BURST
-        turn.scratch.used = turn.scratch.steps = 0
-        self.careful = False
-        if unlikely(self.careful_until or turn.apart) and self.begin_careful(turn):
+        turn.scratch.used = turn.scratch.steps = turn.scratch.bytes_used = 0
+        self.care.on = False
+        if unlikely(self.care.until or turn.apart) and care_begin(&self.care, turn):
             # All of a flood that has begun: some ports have it already.
             limit = max(<int>CAREFUL_BURST, 64 - leading_zeros(self.flooding | 1))
-        count = self.port.receive(self.queue, self.burst, limit, turn.scratch)
+        count = self.port.receive(self.queue, self.burst, limit, turn)
         if unlikely(count < 0 and not self.told):
             self.ports.workers.sound_bell()
         self.told = count < 0
         if count <= 0:
-            if turn.now - self.received_at >= self.pause_ticks:
-                self.port.show_released(self.queue)
             return 0
-        if unlikely(self.careful):
-            self.take_copies(count)
-        # Where frames trickle there is no pause; what this turn releases stays back.
-        if turn.now - self.shown_at >= HELD_PAUSES * self.pause_ticks:
-            self.port.show_released(self.queue)
-            self.shown_at = turn.now
-        self.received_at = turn.now
+        if unlikely(self.care.on):
+            care_copy(&self.care, self.burst, count)
         # Whatever these have cost, one receiver gets some: or they would never get on.
         turn.steps = max(turn.steps - <int32_t>turn.scratch.steps, 1)
         self.floods = 0
@@ -117,87 +113,22 @@ cdef class Forwarder(Pollable):
     # Slow memory --------------------------------------------------------------------
 
     cdef bint stalled(self, uint64_t since, uint64_t end) noexcept nogil:
-        """Finds out whose memory it was: the second time, since the first says nothing."""
-        cdef void *port = self.slowest_port
-        if self.careful_until < end:
-            self.careful_until = end
-        self.careful_until = max(self.careful_until, end + CAREFUL_STALLS * (end - since))
-        if not self.careful:
-            return False
-        if port == NULL or end - self.step_at > self.slowest:
-            self.conduct.strike(since, end)
-            return True
-        (<Port>port).reception.strike(end - self.slowest, end)
-        write_once_u32(&(<Port>port).slow, 1)
-        return False
-
-    cdef bint begin_careful(self, Turn *turn) noexcept nogil:
-        """Whether this poll copies frames first."""
-        if not turn.apart and turn.now > self.careful_until:
-            self.careful_until = 0
-            return False
-        if self.copies == NULL:
-            self.copies = <uint8_t *>malloc(BURST * COPY_MAX)    # most of it is never touched
-            if self.copies == NULL:
-                return False
-        self.careful = True
-        self.step_at = turn.now
-        self.slowest = 0
-        self.slowest_port = NULL
-        return True
-
-    cdef void take_copies(self, int count) noexcept nogil:
-        """No receiver's lock is held while the sender's memory makes us wait."""
-        cdef Frame *frame
-        cdef uint8_t *to
-        cdef uint32_t done, j
-        cdef int i
-        for i in range(count):
-            frame = &self.burst[i]
-            if frame.fault or frame.length > COPY_MAX:
-                continue
-            to = self.copies + i * COPY_MAX
-            done = 0
-            for j in range(frame.count):
-                memcpy(to + done, frame.segments[j].hva, frame.segments[j].length)
-                done += frame.segments[j].length
-            frame.segments[0].hva = to
-            frame.segments[0].length = frame.length
-            frame.count = 1
-        self.note_step(NULL)
-
-    cdef void note_step(self, void *port) noexcept nogil:
-        cdef uint64_t now = ticks()
-        if now - self.step_at > self.slowest:
-            self.slowest = now - self.step_at
-            self.slowest_port = port
-        self.step_at = now
+        return care_stalled(&self.care, self.conduct, since, end)
 
     cdef int give(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil:
         """Transmits to a port, unless that is slow; returns how many frames are done with."""
         cdef int taken
         if unlikely((<Port>place.port).slow):
-            if self.is_slow(<Port>place.port, turn.now):
+            if care_passes_over(&self.care, <Port>place.port, turn.now):
                 (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_SLOW, count)
+                charge(turn, group, count)
                 return count
         taken = (<Port>place.port).transmit(self.queue, group, count, turn)
-        if unlikely(self.careful):
-            self.note_step(place.port)
+        if unlikely(self.care.on):
+            care_step(&self.care, place.port)
         return taken
 
-    cdef bint is_slow(self, Port port, uint64_t now) noexcept nogil:
-        """It gets nothing; and when its time is over, first from one who is careful."""
-        if now < port.reception.until:
-            return True
-        if not self.careful:
-            self.careful_until = now + (port.reception.span >> 7) + 1
-            return True
-        write_once_u32(&port.slow, 0)
-        return False
-
     cdef bint arm(self) noexcept nogil:
-        # A worker may sleep sooner than a sender pauses.
-        self.port.show_released(self.queue)
         # What was put back counts as being there.
         return self.port.arm(self.queue)
 
@@ -257,7 +188,7 @@ cdef class Forwarder(Pollable):
                 place = self.cached_place
             # What some ports have already is flooded on, whatever was learned since.
             elif self.flooding & bit and not self.burst[i].fault:
-                place = FLOOD
+                place = EVERYONE
             else:
                 if not prepared:
                     self.prepare(i)
@@ -267,7 +198,7 @@ cdef class Forwarder(Pollable):
                 self.unicasts |= bit
                 self.alike &= place == self.places[lowest_bit(self.unicasts)]
                 self.unicast_bytes += self.burst[i].length
-            elif place == FLOOD:
+            elif place == EVERYONE:
                 self.floods |= bit
             else:
                 dropped[DROPPED - place] += 1
@@ -279,9 +210,9 @@ cdef class Forwarder(Pollable):
                     self.port.count_drop(self.queue, i, dropped[i])
 
     cdef void prepare(self, int i) noexcept nogil:
-        cdef const uint8_t *head = self.burst[i].head
-        self.destinations[i] = fdb_prepare(self.fdb, fdb_key(0, head))
-        self.sources[i] = fdb_prepare(self.fdb, fdb_key(0, head + 6))
+        cdef const Frame *frame = &self.burst[i]
+        self.destinations[i] = fdb_prepare(self.fdb, fdb_key(frame.vlan, frame.head))
+        self.sources[i] = fdb_prepare(self.fdb, fdb_key(frame.vlan, frame.head + 6))
 
     cdef void prepare_all(self, uint64_t todo) noexcept nogil:
         """What the table knows of these frames' addresses comes while others are looked at."""
@@ -295,10 +226,10 @@ cdef class Forwarder(Pollable):
         # Destination and source: the first 12 bytes of the snapshot.
         return ((<const uint64_t *>frame.head)[0] == self.cached_pair[0]
                 and (<const uint32_t *>frame.head)[2] == self.cached_pair[1]
-                and not frame.fault)
+                and not frame.fault and frame.vlan == self.cached_vlan)
 
     cdef int verdict(self, PortTable *table, int i) noexcept nogil:
-        """A place in the table, or a Verdict, for a frame that is prepared; learns its source."""
+        """A place in the table, or a Decision, for a frame that is prepared; learns its source."""
         cdef const Frame *frame = &self.burst[i]
         cdef int place
         if unlikely(frame.fault):
@@ -310,14 +241,15 @@ cdef class Forwarder(Pollable):
         if table.attached < 2:
             return DROPPED - Drop.DROP_NO_DESTINATION
         if frame.head[0] & 1:
-            return FLOOD
+            return EVERYONE
         place = fdb_lookup(self.fdb, self.destinations[i])
         if place == FDB_UNKNOWN or place >= table.count or table.places[place].port == NULL:
-            return FLOOD
+            return EVERYONE
         if place == self.port.index:
             return DROPPED - Drop.DROP_REFLECTED
         self.cached_pair[0] = (<const uint64_t *>frame.head)[0]
         self.cached_pair[1] = (<const uint32_t *>frame.head)[2]
+        self.cached_vlan = frame.vlan
         self.cached_place = place
         return place
 
@@ -354,18 +286,20 @@ cdef class Forwarder(Pollable):
     cdef bint flood_on(self, PortTable *table, Turn *turn) noexcept nogil:
         """Goes on with the chosen floods from port to port; True when all have them."""
         cdef uint64_t todo = self.flooding
+        cdef const uint64_t *members = members_of(table, self.places[lowest_bit(todo)])
         cdef int count = 0, taken, i
-        cdef int64_t size = 0
         cdef Place *place
         while todo:
             i = lowest_bit(todo)
             todo &= todo - 1
             self.group[count] = &self.burst[i]
-            size += self.burst[i].length
             count += 1
-        while self.next_port < table.count:
+        while True:
+            self.next_port = next_member(table, members, self.next_port)
+            if self.next_port >= table.count:
+                return True
             place = &table.places[self.next_port]
-            if place.port != NULL and self.next_port != self.port.index:
+            if self.next_port != self.port.index:
                 if turn.frames <= 0 or turn.bytes <= 0 or turn.steps <= 0:
                     return False
                 # Copies never wait for a receiver: one full port would stop all.
@@ -373,10 +307,8 @@ cdef class Forwarder(Pollable):
                 if taken < count:
                     (<Port>place.port).count_drop(self.queue, Drop.DROP_RECEIVER_FULL,
                                                   count - taken)
-                turn.frames -= count
-                turn.bytes -= size
+                    charge(turn, &self.group[taken], count - taken)
             self.next_port += 1
-        return True
 
     # To one port --------------------------------------------------------------------
 
@@ -390,7 +322,6 @@ cdef class Forwarder(Pollable):
         if likely(self.alike and todo >> first == bits_below(count)
                   and count <= turn.frames and self.unicast_bytes <= turn.bytes):
             self.taken_mask = todo
-            self.group_bytes = self.unicast_bytes
             self.transmit(&table.places[self.places[first]], &self.all[first], count, turn)
             return
         while todo and turn.frames > 0 and turn.bytes > 0 and turn.steps > 0:
@@ -419,7 +350,6 @@ cdef class Forwarder(Pollable):
                 count += 1
                 frames -= 1
                 size -= self.burst[i].length
-        self.group_bytes = turn.bytes - size
         return count
 
     cdef void transmit(self, Place *place, Frame **group, int count, Turn *turn) noexcept nogil:
@@ -429,15 +359,12 @@ cdef class Forwarder(Pollable):
         cdef uint64_t full_since = read_once_u64(&place.full_since)
         cdef int i, dropped = 0
         cdef uint64_t bit
-        turn.frames -= taken
         if likely(taken == count):
-            turn.bytes -= self.group_bytes
             self.done |= self.taken_mask
             if full_since:
                 write_once_u64(&place.full_since, 0)
             return
         for i in range(taken):
-            turn.bytes -= group[i].length
             self.done |= ONE << (group[i] - self.burst)
         if taken > 0 or full_since == 0:
             full_since = now
@@ -482,7 +409,7 @@ cdef class Forwarder(Pollable):
     # Control's ----------------------------------------------------------------------
 
     cdef int settle(self) except -1:
-        """The queue stops, and no worker polls it any more. Whoever goes on with its ring
+        """The queue stops, and no worker polls it any more. The next back-end of its ring
         must not send again what was delivered: the ring goes on behind that, and frames
         that still waited before it are dropped."""
         cdef uint64_t begun = self.done | (self.flooding if self.next_port else 0)

@@ -11,6 +11,7 @@ from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from vhostpy.runtime.pollable cimport Turn
 from vhostpy.system.hw cimport load_acquire_u32, store_release_u32
 from vhostpy.vswitch.port cimport ETHERNET_HEADER, SNAPSHOT, Frame, Port
 from vhostpy._ring cimport Scratch
@@ -74,7 +75,8 @@ cdef class Injector(Port):
         os.eventfd_write(self.kick_fd, 1)
         return True
 
-    cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil:
+    cdef int receive(self, int queue, Frame *burst, int limit, Turn *turn) noexcept nogil:
+        cdef Scratch *scratch = turn.scratch
         cdef uint32_t written = load_acquire_u32(&self.written)
         cdef int count = 0
         while count < limit and self.taken != written and scratch.used < scratch.limit:

@@ -11,13 +11,10 @@ cdef class Port:
         self.conduct = Conduct(str(name))
         self.reception = Conduct(str(name))
 
-    cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil:
+    cdef int receive(self, int queue, Frame *burst, int limit, Turn *turn) noexcept nogil:
         return 0
 
     cdef void release(self, int queue, const Frame *burst, int count) noexcept nogil:
-        pass
-
-    cdef void show_released(self, int queue) noexcept nogil:
         pass
 
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
@@ -27,6 +24,7 @@ cdef class Port:
         pass
 
     cdef int transmit(self, int queue, Frame **frames, int count, Turn *turn) noexcept nogil:
+        charge(turn, frames, count)
         return count
 
     cdef void count_drop(self, int queue, int reason, int count) noexcept nogil:

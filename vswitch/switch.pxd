@@ -18,6 +18,5 @@ cdef class Switch:
     cdef dict forwarders             # (port index, queue) -> Forwarder
     cdef dict injectors              # port index -> Forwarder of its Injector
     cdef readonly uint64_t full_wait_ticks
-    cdef readonly uint64_t pause_ticks
     cdef Forwarder forward(self, Port port, int queue, int kick_fd)
     cdef int close_injector(self, index) except -1

@@ -16,12 +16,6 @@ from vhostpy.runtime.pool cimport Workers
 from vhostpy.errors import ConfigError
 from vhostpy.vswitch.injector import rarp_frame
 
-cdef enum:
-    # Of a sender: longer than one of DPDK's needs between two bursts, else it works on cold
-    # buffers (64 B, its split ring: 4-6 Mpps up to 5 us, 8-10 at 20, 8-16 at 50); shorter
-    # than a worker spins, so that one who waits for its buffers finds it awake.
-    PAUSE_US = 45
-
 cdef double tick_rate = 0     # ticks a microsecond
 
 
@@ -40,7 +34,6 @@ cdef class Switch:
         self.workers = workers
         self.fdb = ForwardingTable(fdb_limit, age_s)
         self.full_wait_ticks = <uint64_t>(full_wait_us * tick_rate)
-        self.pause_ticks = <uint64_t>(PAUSE_US * tick_rate)
         self.attached = {}
         self.forwarders = {}
         self.injectors = {}
@@ -90,9 +83,9 @@ cdef class Switch:
         return forwarder
 
     cdef Forwarder forward(self, Port port, int queue, int kick_fd):
-        """Workers take what comes there from now on."""
+        """Workers take the frames of that queue from now on."""
         cdef Forwarder forwarder = Forwarder(self.ports, self.fdb, self.full_wait_ticks,
-                                             self.pause_ticks, port, queue, kick_fd)
+                                             port, queue, kick_fd)
         self.workers.add(forwarder, [kick_fd] if kick_fd >= 0 else [])
         return forwarder
 

@@ -1,5 +1,6 @@
 """The ports of a switch, as workers see them: a table that does not change."""
 cimport cython
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from vhostpy.system.hw cimport store_release_ptr
@@ -9,14 +10,17 @@ from vhostpy.runtime.pool cimport Workers
 cdef PortTable *new_table(dict attached, const PortTable *old) except NULL:
     """Of index -> Port; `old` hands on which ports were full."""
     cdef int count = max(attached, default=-1) + 1
-    cdef PortTable *table = <PortTable *>calloc(1, sizeof(PortTable) + count * sizeof(Place))
+    cdef size_t places = sizeof(PortTable) + count * sizeof(Place)
+    cdef PortTable *table = <PortTable *>calloc(1, places + (count + 63) // 64 * sizeof(uint64_t))
     cdef int index
     if table == NULL:
         raise MemoryError("port table")
     table.count = count
     table.attached = len(attached)
+    table.everyone = <uint64_t *>(<char *>table + places)
     for index, port in attached.items():
         table.places[index].port = <void *>port
+        table.everyone[index // 64] |= <uint64_t>1 << index % 64
         if old != NULL and index < old.count and old.places[index].port == <void *>port:
             table.places[index].full_since = old.places[index].full_since
     return table

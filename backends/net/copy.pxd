@@ -1,7 +1,7 @@
 """Moves the bytes of frames: snapshots out of a guest's memory, copies into another's.
 
 Inline, since all of it runs per frame. Decides nothing, and checks nothing: lengths and
-segments were checked by whoever calls.
+segments were checked by the caller.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -67,6 +67,15 @@ cdef inline void copy_rest(uint8_t *to, const uint8_t *source, uint32_t length) 
         length -= 32
     if length:               # none of a frame of 64 bytes
         memcpy(to, source, length)
+
+
+cdef inline void write_whole(uint8_t *to, const Frame *frame, uint32_t header_size) noexcept nogil:
+    """A frame in one piece, at least as long as the snapshot, to one piece."""
+    cdef const uint8_t *source = frame.segments.hva
+    store_header(to, &frame.header, header_size == 12, 1)
+    to += header_size
+    memcpy(to, frame.head, SNAPSHOT)
+    copy_rest(to + SNAPSHOT, source + SNAPSHOT, frame.length - SNAPSHOT)
 
 
 cdef inline void copy_to(Cursor *cursor, const uint8_t *source, uint32_t length) noexcept nogil:

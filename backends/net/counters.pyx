@@ -1,17 +1,21 @@
 """What a queue pair has done so far, as workers count it."""
+from libc.stdint cimport uint64_t
+
 from vhostpy import _ring
 from vhostpy.vswitch import port
 
 
-cdef dict counters_of(const QueueCounters *sent, const QueueCounters *received):
+cdef dict counters_of(const QueueCounters *sent, const QueueCounters *received,
+                      const uint64_t *bad_chains, const uint64_t *bad_buffers):
+    # Users' words: the switch counts frames in and out of it.
     return {
-        "from_guest_packets": sent.from_guest_packets,
-        "from_guest_bytes": sent.from_guest_bytes,
-        "to_guest_packets": received.to_guest_packets,
-        "to_guest_bytes": received.to_guest_bytes,
+        "from_guest_packets": sent.frames_in,
+        "from_guest_bytes": sent.bytes_in,
+        "to_guest_packets": received.frames_out,
+        "to_guest_bytes": received.bytes_out,
         "drops": {name: sent.drops[i] + received.drops[i] for i, name in DROP_NAMES},
-        "chain_faults": {name: sent.chain_faults[i] for i, name in FAULT_NAMES},
-        "buffer_faults": {name: received.chain_faults[i] for i, name in FAULT_NAMES},
+        "chain_faults": {name: bad_chains[i] for i, name in FAULT_NAMES},
+        "buffer_faults": {name: bad_buffers[i] for i, name in FAULT_NAMES},
     }
 
 

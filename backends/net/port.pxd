@@ -7,12 +7,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from vhostpy.runtime.pollable cimport Turn
 from vhostpy.vswitch.port cimport Frame, Port
 from vhostpy._ring cimport Chain, Scratch, Virtqueue
-from vhostpy.memory.guest cimport Segment
+from vhostpy.backends.net.pair cimport Pair
 
 cdef enum:
     PAIRS_MAX = 128        # 256 virtqueues
-
-cdef struct Pair           # private to net.pyx
 
 
 @cython.final
@@ -24,12 +22,12 @@ cdef class NetPort(Port):
     cdef uint8_t route[PAIRS_MAX]    # their numbers
     cdef readonly int header_size    # 12, or 10 for a legacy guest without MRG_RXBUF
     cdef readonly bint mergeable
+    cdef readonly uint64_t pause_ticks   # a sender that is silent for so long sees its buffers
 
-    cdef void show(self, Pair *pair) noexcept nogil
     cdef int receiving_pair(self, int queue) noexcept nogil
-    cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil
-    cdef int place_whole(self, Pair *pair, Frame **frames, int count) noexcept nogil
-    cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil
+    cdef int fill(self, Pair *pair, Frame **frames, int count, Turn *turn) noexcept nogil
+    cdef int put_whole(self, Pair *pair, Frame **frames, int count, Turn *turn) noexcept nogil
+    cdef int put(self, Pair *pair, Frame *frame, int wanted, Turn *turn) noexcept nogil
     cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil
     cdef void give_up(self, Pair *pair, int count) noexcept nogil
     cdef void count_fault(self, Pair *pair, Chain *chain) noexcept nogil

@@ -9,35 +9,32 @@ Guests' memory changes under our hands: what is decided upon was read once, into
 `Frame.head`, and it is that copy which the receiver gets. The rest is copied unseen.
 """
 cimport cython
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from vhostpy.ring.chain cimport is_one_writable, scratch_free, scratch_make
 from vhostpy.system.hw cimport (
     aligned_alloc, atomic_add_i64, likely, load_acquire_ptr, read_once_u32, spin_lock_for,
-    spin_unlock, store_release_ptr, unlikely, write_once_u32,
+    spin_unlock, store_release_ptr, ticks_per_us, unlikely, write_once_u32,
 )
 from vhostpy.runtime.pollable cimport BUDGET_STEPS, Turn
-from vhostpy.vswitch.port cimport (
-    ETHERNET_HEADER, SNAPSHOT, Drop, Frame, NetHeader, Port, QueueCounters,
-)
+from vhostpy.vswitch.port cimport SNAPSHOT, Drop, Frame, Port, QueueCounters, charge
 from vhostpy._ring cimport BURST, Chain, ChainFault, Scratch, Virtqueue
 from vhostpy._spec cimport Feature
 from vhostpy.backends.net.copy cimport (
-    BYTES_AHEAD, copy_rest, fetch, gather, snapshot_whole, store_header, take_snapshot,
+    BYTES_AHEAD, fetch, gather, write_whole,
+)
+from vhostpy.backends.net.pair cimport WINDOW, Pair
+from vhostpy.backends.net.release cimport (
+    PAUSE_US, Release, release_look, release_push, release_reset, release_show,
 )
 from vhostpy.backends.net.scatter cimport log_spread, spread
+from vhostpy.backends.net.view cimport view, view_whole
 from vhostpy.backends.net.counters cimport counters_of, drop_name
 from vhostpy.memory.guest cimport Segment
 
 cdef enum:
-    # An IPv4 packet of 65,535 bytes behind an Ethernet header with two VLAN tags: the
-    # longest that a guest's stack can build. It bounds what one frame may cost.
-    FRAME_MAX = 65535 + ETHERNET_HEADER + 8
-    # Receive buffers that one transmit() may use: enough for the longest frame in
-    # buffers of 64 bytes. A guest with smaller ones gets no long frames.
-    WINDOW = 1024
     # Pieces of the buffers that one transmit() takes: a burst of the longest frames in pages
     # of 2 KiB. What a chain may cost a sender.
     PIECES = 36 * BURST
@@ -52,108 +49,10 @@ cdef enum:
     FULL = 0
     REFUSED = -1           # - reason, of Drop
 
-cdef struct Pair:
-    # Control's, read by workers; one cache line.
-    void *rx               # borrowed Virtqueue; NULL: not started
-    void *tx
-    uint32_t rx_enabled
-    uint32_t tx_enabled
-    uint64_t padding[5]
-    # The worker's that polls tx.
-    QueueCounters sent
-    uint32_t held          # descriptors released that the sender does not see yet
-    uint32_t padding3[15]
-    # Whoever's holds the lock, where several workers can; one cache line, then more.
-    uint32_t lock
-    int have               # chains popped for this transmit()
-    int next               # of them, used or given up
-    int faulty             # descriptors of chains that nobody can use, in it
-    Scratch scratch
-    uint32_t logging
-    int costly             # unusable chains that are COSTLY, since it was wired
-    uint32_t padding2[4]
-    QueueCounters received
-    uint32_t written[WINDOW]
-    Chain chains[WINDOW]
-
-assert sizeof(Pair) % 64 == 0 and sizeof(QueueCounters) % 64 == 0
-assert sizeof(Frame) == 64 and sizeof(NetHeader) == 10
+assert sizeof(Pair) % 64 == 0 and sizeof(QueueCounters) % 64 == 0 and sizeof(Release) == 24
 
 
-cdef inline int refuse(Frame *frame, int reason) noexcept nogil:
-    frame.fault = <uint16_t>(reason + 1)
-    frame.segments = NULL
-    frame.count = 0
-    frame.length = 0
-    return 0
-
-
-cdef inline bint view_whole(Chain *chain, Frame *frame, uint32_t skip) noexcept nogil:
-    """The usual chain: one piece, header of `skip` bytes included, as long as the snapshot.
-
-    False: nothing was done, ask view().
-    """
-    cdef Segment *segment = chain.segments
-    cdef uint32_t length
-    if unlikely(chain.readable != 1):        # no segment, perhaps
-        return False
-    length = segment.length - skip           # huge when shorter
-    if unlikely(length - SNAPSHOT > <uint32_t>(FRAME_MAX - SNAPSHOT)):
-        return False
-    segment.hva += skip
-    segment.gpa += skip
-    segment.length = length
-    frame.segments = segment
-    # With `count` 1 and no fault; the cookie, which is id and slots, with no offloads.
-    (<uint64_t *>&frame.length)[0] = length | <uint64_t>1 << 32
-    (<uint64_t *>&frame.cookie)[0] = (<uint32_t *>&chain.id)[0]
-    (<uint64_t *>&frame.cookie)[1] = 0
-    snapshot_whole(frame, segment.hva)
-    return True
-
-
-cdef void view(Chain *chain, Frame *frame, uint32_t skip, bint enabled) noexcept nogil:
-    """Makes a frame of a chain: what follows the virtio-net header of `skip` bytes."""
-    cdef Segment *segment = chain.segments
-    frame.cookie = (<uint32_t *>&chain.id)[0]
-    frame.fault = 0
-    # No offload is negotiated: whatever the header says means nothing.
-    memset(&frame.header, 0, sizeof(NetHeader))
-    if not enabled:
-        refuse(frame, Drop.DROP_DISABLED)
-        return
-    if chain.fault:
-        refuse(frame, Drop.DROP_BAD_CHAIN)
-        frame.head[0] = <uint8_t>chain.fault     # for release(), which counts it
-        return
-    # Writable parts are of no use here, and not touched.
-    if chain.readable_bytes < skip + ETHERNET_HEADER:
-        refuse(frame, Drop.DROP_TOO_SHORT)
-        return
-    frame.length = chain.readable_bytes - skip
-    if frame.length > FRAME_MAX:
-        refuse(frame, Drop.DROP_TOO_LONG)
-        return
-    frame.count = chain.readable
-    # The header may be cut anywhere (CVE-2022-2132).
-    while skip >= segment.length:
-        skip -= segment.length
-        segment += 1
-        frame.count -= 1
-    segment.hva += skip
-    segment.gpa += skip
-    segment.length -= skip
-    frame.segments = segment
-    take_snapshot(frame)
-
-
-cdef inline void write_whole(uint8_t *to, const Frame *frame, uint32_t header_size) noexcept nogil:
-    """A frame in one piece, at least as long as the snapshot, to one piece."""
-    cdef const uint8_t *source = frame.segments.hva
-    store_header(to, &frame.header, header_size == 12, 1)
-    to += header_size
-    memcpy(to, frame.head, SNAPSHOT)
-    copy_rest(to + SNAPSHOT, source + SNAPSHOT, frame.length - SNAPSHOT)
+cdef double tick_rate = 0     # ticks a microsecond
 
 
 @cython.final
@@ -161,11 +60,15 @@ cdef class NetPort(Port):
     """A virtio-net device as a port of a switch. `wire` and its like are control's."""
 
     def __cinit__(self, name, int pairs=4):
+        global tick_rate
         cdef size_t size = pairs * sizeof(Pair)
         if not 1 <= pairs <= PAIRS_MAX:
             raise ValueError(f"{pairs} queue pairs are not in 1..{PAIRS_MAX}")
+        if tick_rate == 0:
+            tick_rate = ticks_per_us()
         self.name = name
         self.pair_limit = pairs
+        self.pause_ticks = <uint64_t>(PAUSE_US * tick_rate)
         self.virtqueues = [None] * (2 * pairs)
         self.pairs = <Pair *>aligned_alloc(64, size)
         if self.pairs == NULL:
@@ -187,7 +90,7 @@ cdef class NetPort(Port):
 
     # From the guest -----------------------------------------------------------------
 
-    cdef int receive(self, int queue, Frame *burst, int limit, Scratch *scratch) noexcept nogil:
+    cdef int receive(self, int queue, Frame *burst, int limit, Turn *turn) noexcept nogil:
         cdef Pair *pair = &self.pairs[queue]
         cdef void *tx = load_acquire_ptr(&pair.tx)
         cdef Chain chains[BURST]
@@ -196,7 +99,8 @@ cdef class NetPort(Port):
         cdef bint enabled
         if tx == NULL or not (<Virtqueue>tx).is_live():
             return 0
-        count = (<Virtqueue>tx).pop(chains, limit, scratch)
+        count = (<Virtqueue>tx).pop(chains, limit, turn.scratch)
+        release_look(&pair.release, tx, count > 0, turn.now, self.pause_ticks)
         if count <= 0:
             return count
         # virtio's rule for a disabled queue: its frames are taken and discarded.
@@ -217,28 +121,10 @@ cdef class NetPort(Port):
             slots += chains[i].slots
             size += burst[i].length
             if unlikely(burst[i].fault == Drop.DROP_BAD_CHAIN + 1):
-                pair.sent.chain_faults[burst[i].head[0]] += 1
-        pair.sent.from_guest_packets += count
-        pair.sent.from_guest_bytes += size
-        # In steps of a quarter of the ring, and the last burst stays back: a driver that
-        # never finds all of its buffers returned takes them back as it needs them, and so
-        # writes those that its cache still has.
-        if pair.held * 4 >= (<Virtqueue>pair.tx).size():
-            self.show(pair)
-        (<Virtqueue>pair.tx).push(chains, NULL, count)
-        pair.held += slots
-        # But not most of a small ring, or of one full of long chains: it has to go on.
-        if pair.held * 2 >= (<Virtqueue>pair.tx).size():
-            self.show(pair)
-
-    cdef void show(self, Pair *pair) noexcept nogil:
-        (<Virtqueue>pair.tx).publish()
-        pair.held = 0
-
-    cdef void show_released(self, int queue) noexcept nogil:
-        cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
-        if tx != NULL and (<Virtqueue>tx).is_live():
-            self.show(&self.pairs[queue])
+                pair.bad_chains[burst[i].head[0]] += 1
+        pair.sent.frames_in += count
+        pair.sent.bytes_in += size
+        release_push(&pair.release, pair.tx, chains, count, slots)
 
     cdef void put_back(self, int queue, const Frame *burst, int count) noexcept nogil:
         cdef Chain chains[BURST]
@@ -264,7 +150,11 @@ cdef class NetPort(Port):
 
     cdef bint arm(self, int queue) noexcept nogil:
         cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
-        return tx != NULL and (<Virtqueue>tx).is_live() and (<Virtqueue>tx).arm()
+        if tx == NULL or not (<Virtqueue>tx).is_live():
+            return False
+        # A worker may sleep sooner than a sender pauses.
+        release_show(&self.pairs[queue].release, tx)
+        return (<Virtqueue>tx).arm()
 
     cdef void disarm(self, int queue) noexcept nogil:
         cdef void *tx = load_acquire_ptr(&self.pairs[queue].tx)
@@ -284,8 +174,9 @@ cdef class NetPort(Port):
         if unlikely(index < 0 or rx == NULL or not pair.rx_enabled
                     or not (<Virtqueue>rx).is_live()):
             pair.received.drops[<int>Drop.DROP_RECEIVER_DOWN] += count
+            charge(turn, frames, count)
         else:
-            taken = self.fill(pair, frames, count)
+            taken = self.fill(pair, frames, count, turn)
             turn.steps -= <int32_t>pair.scratch.steps
         if turn.lock_ticks:
             spin_unlock(&pair.lock)
@@ -298,15 +189,15 @@ cdef class NetPort(Port):
             return -1
         return self.route[queue if queue < enabled else queue % enabled]
 
-    cdef int fill(self, Pair *pair, Frame **frames, int count) noexcept nogil:
-        """Places frames until the buffers run out; returns how many are done with."""
+    cdef int fill(self, Pair *pair, Frame **frames, int count, Turn *turn) noexcept nogil:
+        """Puts frames into buffers until these run out; returns how many are done with."""
         cdef int done = 0
         pair.have = pair.next = pair.faulty = 0
         pair.scratch.used = pair.scratch.steps = 0
         pair.logging = (<Virtqueue>pair.rx).logging()
         while done < count:
-            done += self.place_whole(pair, frames + done, count - done)
-            if done == count or not self.place(pair, frames[done], count - done):
+            done += self.put_whole(pair, frames + done, count - done, turn)
+            if done == count or not self.put(pair, frames[done], count - done, turn):
                 break
             done += 1
         if pair.next:
@@ -316,7 +207,7 @@ cdef class NetPort(Port):
         (<Virtqueue>pair.rx).publish()
         return done
 
-    cdef int place_whole(self, Pair *pair, Frame **frames, int count) noexcept nogil:
+    cdef int put_whole(self, Pair *pair, Frame **frames, int count, Turn *turn) noexcept nogil:
         """Writes frames as long as each, and its buffer, is in one piece: the usual case."""
         cdef Chain *chain = &pair.chains[pair.next]
         cdef uint32_t *written = &pair.written[pair.next]
@@ -349,11 +240,13 @@ cdef class NetPort(Port):
             written[done] = need
             done += 1
         pair.next += done
-        pair.received.to_guest_packets += done
-        pair.received.to_guest_bytes += size
+        pair.received.frames_out += done
+        pair.received.bytes_out += size
+        turn.frames -= done
+        turn.bytes -= size
         return done
 
-    cdef int place(self, Pair *pair, const Frame *frame, int wanted) noexcept nogil:
+    cdef int put(self, Pair *pair, Frame *frame, int wanted, Turn *turn) noexcept nogil:
         """Writes one frame into the next buffers, or drops it; 0: they don't suffice now."""
         cdef uint64_t need = <uint64_t>self.header_size + frame.length
         cdef int chains = self.collect(pair, need, wanted)
@@ -361,14 +254,16 @@ cdef class NetPort(Port):
             if chains == FULL:
                 return 0
             pair.received.drops[REFUSED - chains] += 1
+            charge(turn, &frame, 1)
             return 1
         spread(frame, self.header_size, &pair.chains[pair.next], &pair.written[pair.next], chains)
         if unlikely(pair.logging):
             log_spread(<Virtqueue>pair.rx, &pair.chains[pair.next], &pair.written[pair.next],
                        chains)
         pair.next += chains
-        pair.received.to_guest_packets += 1
-        pair.received.to_guest_bytes += frame.length
+        pair.received.frames_out += 1
+        pair.received.bytes_out += frame.length
+        charge(turn, &frame, 1)
         return 1
 
     cdef int collect(self, Pair *pair, uint64_t need, int wanted) noexcept nogil:
@@ -412,7 +307,7 @@ cdef class NetPort(Port):
         if chain.fault == ChainFault.CHAIN_OK:
             chain.fault = ChainFault.CHAIN_BAD_ORDER     # readable ones only
             cost = chain.readable
-        pair.received.chain_faults[chain.fault] += 1
+        pair.bad_buffers[chain.fault] += 1
         pair.faulty += max(cost, 1)
         if cost > COSTLY:
             pair.costly += 1
@@ -456,8 +351,9 @@ cdef class NetPort(Port):
 
     def counters(self) -> list[dict]:
         """One dictionary for each queue pair."""
-        return [{"index": i, **counters_of(&self.pairs[i].sent, &self.pairs[i].received)}
-                for i in range(self.pair_limit)]
+        return [{"index": i, **counters_of(
+            &self.pairs[i].sent, &self.pairs[i].received, self.pairs[i].bad_chains,
+            self.pairs[i].bad_buffers)} for i in range(self.pair_limit)]
 
     # Control ------------------------------------------------------------------------
 
@@ -474,7 +370,7 @@ cdef class NetPort(Port):
         self.virtqueues[index] = virtqueue
         virtqueue.set_lead(self.header_size)
         if index & 1:
-            pair.held = 0
+            release_reset(&pair.release)
         else:
             pair.costly = 0
         store_release_ptr(&pair.tx if index & 1 else &pair.rx, <void *>virtqueue)
@@ -527,18 +423,21 @@ cdef class NetPort(Port):
         Where there is none, the sender sees all buffers that were released."""
         cdef Frame burst[BURST]
         cdef Scratch scratch
+        cdef Turn turn
         cdef int count = limit, i, number = self.checked(2 * queue) // 2
         if not 0 <= limit <= BURST:
             raise ValueError(f"limit {limit} is not in 0..{BURST}")
+        memset(&turn, 0, sizeof(turn))
         scratch_make(&scratch)
+        turn.scratch = &scratch
         try:
             with nogil:
-                count = self.receive(number, burst, count, &scratch)
+                count = self.receive(number, burst, count, &turn)
             frames = [frame_of(&burst[i]) for i in range(count)]
             if count > 0:
                 self.release(number, burst, count)
-            else:
-                self.show_released(number)
+            elif self.virtqueues[2 * number + 1] is not None:
+                release_show(&self.pairs[number].release, self.pairs[number].tx)
             return frames
         finally:
             scratch_free(&scratch)

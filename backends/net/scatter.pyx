@@ -1,5 +1,5 @@
-"""A frame of any pieces, written to any number of chains: the way of those that no
-shorter one is for."""
+"""A frame of any pieces, written to any number of chains: the way of frames that
+`write_whole` is not for."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 

@@ -231,9 +231,9 @@ def test_a_sender_that_pauses_gets_its_last_buffers_back():
     n = net()
     n.send(0, frame(mac(1), mac(0)))
     assert n.turn(0, now=0) == 1
-    n.turn(0, now=n.switch.pause_ticks - 1)
+    n.turn(0, now=n[0].device.port.pause_ticks - 1)
     assert n[0].sent() == []
-    n.turn(0, now=n.switch.pause_ticks)
+    n.turn(0, now=n[0].device.port.pause_ticks)
     assert len(n[0].sent()) == 1
 
 
@@ -242,7 +242,7 @@ def test_a_sender_that_never_pauses_waits_only_for_its_last_few_buffers():
     back = 0
     for i in range(30):
         n.send(0, frame(mac(1), mac(0)))
-        n.turn(0, now=i * (n.switch.pause_ticks - 1))
+        n.turn(0, now=i * (n[0].device.port.pause_ticks - 1))
         back += len(n[0].sent())
         assert back >= i - 5
 

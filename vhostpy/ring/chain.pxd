@@ -14,6 +14,7 @@ from vhostpy.memory.guest cimport (
 cdef enum:
     BURST = 64             # chains moved by one call, at most
     SCRATCH_SEGMENTS = 4096
+    SCRATCH_BYTES = 65536  # headers of 500 segments
 
     # A result of pop(): the ring itself cannot be trusted any more (avail.idx jumped).
     RING_BROKEN = -1
@@ -65,10 +66,14 @@ cdef extern from *:
     uint64_t ONE_WRITABLE "VHOSTPY_ONE_WRITABLE"
 
 cdef struct Scratch:
-    # Segments of the chains that are out; reset by whoever starts a turn.
+    # Segments of the chains that are out, and what is made in a turn and lies in no guest:
+    # headers that were rewritten. The poll that starts a turn sets `used`, `steps` and
+    # `bytes_used` to 0.
     Segment *segments
+    uint8_t *bytes
     uint32_t used
     uint32_t limit
+    uint32_t bytes_used    # of SCRATCH_BYTES
     uint32_t steps         # descriptors that pop() walked since it was set to 0
 
 cdef int scratch_make(Scratch *scratch) except -1

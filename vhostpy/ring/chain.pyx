@@ -18,10 +18,13 @@ cdef enum:
 
 cdef int scratch_make(Scratch *scratch) except -1:
     scratch.used, scratch.limit = 0, SCRATCH_SEGMENTS
-    scratch.steps = 0
-    scratch.segments = <Segment *>aligned_alloc(64, SCRATCH_SEGMENTS * sizeof(Segment))
+    scratch.steps = scratch.bytes_used = 0
+    # In one piece; the bytes are pages that most scratches never touch.
+    scratch.segments = <Segment *>aligned_alloc(
+        64, SCRATCH_SEGMENTS * sizeof(Segment) + SCRATCH_BYTES)
     if scratch.segments == NULL:
         raise MemoryError
+    scratch.bytes = <uint8_t *>&scratch.segments[SCRATCH_SEGMENTS]
     return 0
 
 

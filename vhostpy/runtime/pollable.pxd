@@ -13,7 +13,7 @@ cdef enum:
 cdef struct Turn:
     # What one poll may use. A poll stops at the first budget that reaches zero and
     # leaves the rest for its next turn, so that no turn takes longer than about 200 us.
-    Scratch *scratch       # the poll resets `used` and `steps` to 0 when it starts
+    Scratch *scratch       # the poll resets what is used of it when it starts
     uint64_t now           # ticks() when the poll started
     int32_t frames         # output frames (copies of a flood count each) or requests
     int64_t bytes          # output bytes
