@@ -16,7 +16,7 @@ from vhostpy._spec import Feature
 from vhostpy.backends.net.device import NetDevice
 from vhostpy.frontend.frontend import FrontEnd
 from vhostpy.runtime.pool import Workers
-from vhostpy.server.server import Server
+from vhostpy.server.listen import Server
 from vhostpy.system import notify
 from vhostpy.system.calls import Calls
 from vhostpy.vswitch.switch import Switch
