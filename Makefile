@@ -27,11 +27,11 @@ quick:          ## all tests but those with guests; 3 minutes on two cores
 	@$(call compile,release,)
 	@$(PYTEST) $(TWO) -m "not long" $(addprefix --ignore=,$(GUESTS))
 
-test:           ## all tests; 7 minutes on two cores
+test:           ## all tests; 10 minutes on two cores
 	@tests/peers/install.sh test
 	@$(call compile,release,)
 	@$(PYTEST) $(TWO) -m "not long" $(GUESTS)
-	@$(PYTEST) $(TWO) -m "not long" $(addprefix --ignore=,$(GUESTS))
+	@$(PYTEST) -m "not long" $(addprefix --ignore=,$(GUESTS))
 
 test-long:      ## soaks: hundreds of resets, kills and migrations; firmware; QEMU 11
 	@tests/peers/install.sh long

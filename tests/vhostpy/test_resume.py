@@ -94,7 +94,7 @@ def test_disk_whose_base_is_contradicted_is_broken_by_name(workers, tmp_path, ca
         guest.stop_queue(0)
         guest.announce(queue, base=300)
         assert server.status()["handshake"] == "ready: rings 0 run"
-    eventually(lambda: open_fds() == before)
+    eventually(lambda: open_fds() <= before)  # a test before may have left some to be closed
 
 
 # Packed rings ---------------------------------------------------------------------------
