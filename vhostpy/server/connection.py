@@ -22,6 +22,7 @@ from vhostpy.session.session import Session
 from vhostpy.session.steps import Expect, Reply, SetBackendChannel, Step
 from vhostpy.system import fds
 from vhostpy.system.account import Account
+from vhostpy.system.aside import outlast
 
 # A front-end that takes none of our replies for so long has hung.
 SEND_TIMEOUT_S = 10.0
@@ -190,13 +191,7 @@ class Connection:
 async def _whole(work: Coroutine[Any, Any, None]) -> None:
     """Does `work` to its end, however often the caller is cancelled meanwhile."""
     task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
+    if await outlast(task):
         raise asyncio.CancelledError
     task.result()
 

@@ -23,19 +23,24 @@ async def aside(work: Callable[..., T], *arguments: object) -> T:
     threading.Thread(
         target=_run, args=(loop, done, work, arguments), name="vhostpy-aside", daemon=True
     ).start()
-    cancelled = False
-    while not done.done():
-        try:
-            await asyncio.wait([done])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled and (task := asyncio.current_task()) is not None:
+    if await outlast(done) and (task := asyncio.current_task()) is not None:
         task.uncancel()
         task.cancel()
     try:
         return done.result()
     finally:
         del done  # an error's traceback refers to this frame
+
+
+async def outlast(work: asyncio.Future[Any]) -> bool:
+    """Waits for the end of `work`, however often the caller is cancelled; whether it was."""
+    cancelled = False
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
 
 
 def _run(
