@@ -9,7 +9,6 @@ session knows of it, a *virtqueue* what runs here.
 import asyncio
 import contextlib
 import fcntl
-import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -27,13 +26,13 @@ from vhostpy.ring.inflight import InflightArea
 from vhostpy.ring.parts import first_base, is_packed
 from vhostpy.ring.positions import KeptPosition
 from vhostpy.ring.resume import reconcile
+from vhostpy.server.signals import call_fd_of, eventfd_of, signal
 from vhostpy.session import steps as s
 from vhostpy.session.ring import VRING_F_LOG
 from vhostpy.session.state import SessionState
 from vhostpy.system.aside import aside
 from vhostpy.system.calls import Calls
-from vhostpy.system.fds import OwnedFd, close_all, is_eventfd, kind_of
-from vhostpy.system.notify import is_unix_socket, signal_once
+from vhostpy.system.fds import OwnedFd, close_all
 
 log = logging.getLogger("vhostpy")
 
@@ -115,15 +114,15 @@ class DataPlane:
                 with self._held([index]):
                     self.device.ring_enabled(index, enabled)
             case s.SetRingCall(index, fd):
-                call_fd = _call_fd(fd)
+                call_fd = call_fd_of(fd)
                 with self._kept_if_it_fails(fd), self._held([index]) as virtqueues:
                     virtqueues[0].set_call(call_fd)
             case s.SetRingKick(index, fd):
-                kick_fd = _eventfd(fd)
+                kick_fd = eventfd_of(fd)
                 with self._kept_if_it_fails(fd):
                     self.device.ring_kick(index, kick_fd)
             case s.SetRingErr(_, fd):
-                _eventfd(fd)
+                eventfd_of(fd)
             case s.SetRingAddresses(index, address):
                 self._set_addresses(index, address)
             case s.SetRingBase(index, base):
@@ -182,7 +181,7 @@ class DataPlane:
         for index in self.virtqueues:
             call = self.session.rings[index].call
             if call is not None:
-                _signal(call)
+                signal(call)
 
     def _broken(self, index: int, why: str, hint: str) -> None:
         """Tells the operator, `status` and the front-end that nothing is taken from a ring."""
@@ -190,7 +189,7 @@ class DataPlane:
         ring.broken = f"{why}; {hint}"
         log.warning("%s: ring %d: %s\n  next: %s", self.device.name, index, why, hint)
         if ring.err is not None:
-            _signal(ring.err)
+            signal(ring.err)
 
     async def close(self) -> None:
         """Ends it all. Memory that a request still uses stays mapped until it has ended."""
@@ -309,7 +308,7 @@ class DataPlane:
                 f"{self.device.name}: ring {index} started before any guest memory was shared",
                 SHARE_ON,
             )
-        _eventfd(ring.err)
+        eventfd_of(ring.err)
         dirty_log, used_log_gpa = self._log_of(ring.used_log_gpa if ring.log_used else None)
         virtqueue = Virtqueue(
             self.memory,
@@ -319,7 +318,7 @@ class DataPlane:
             avail_uva=ring.avail_uva,
             used_uva=ring.used_uva,
             base=ring.base,
-            call_fd=_call_fd(ring.call),
+            call_fd=call_fd_of(ring.call),
             calls=self.calls,
             log=dirty_log,
             used_log_gpa=used_log_gpa,
@@ -340,7 +339,7 @@ class DataPlane:
         else:
             kept = position.found if position is not None else None
             self._reconcile(index, virtqueue, position, kept)
-        self.device.ring_started(index, virtqueue, _eventfd(ring.kick))
+        self.device.ring_started(index, virtqueue, eventfd_of(ring.kick))
         if virtqueue.again:
             log.info(
                 "%s: ring %d: %d requests that were under way are done again",
@@ -476,35 +475,3 @@ def _why_broken(virtqueue: Virtqueue) -> tuple[str, str]:
         why = f"its descriptors are faulty ({fault_name(fault)})"
     hint = f"{SHARE_ALL}; then {RESET}" if fault == ChainFault.CHAIN_UNMAPPED else RESET
     return f"a request cannot be answered: {why}; nothing is taken behind it", hint
-
-
-def _signal(fd: OwnedFd) -> None:
-    """Signals a front-end's fd, behind the event loop's back: whatever watches it may take long.
-
-    Nothing can close it before, as closing has to wait its turn too.
-    """
-    fd.account.closing.do(functools.partial(signal_once, fd.fileno()))
-
-
-def _call_fd(fd: OwnedFd | None) -> int:
-    """The number of a call fd, -1 for none: an eventfd, or a Unix socket.
-
-    User-mode Linux gives sockets, since an eventfd raises no signal that it could wait for.
-    """
-    if fd is not None and is_unix_socket(fd.fileno()):
-        return fd.fileno()
-    return _eventfd(fd, "a call fd must be an eventfd or a Unix socket")
-
-
-def _eventfd(fd: OwnedFd | None, rule: str = "a kick or error fd must be an eventfd") -> int:
-    """The number of a notification fd, -1 for none.
-
-    Only an eventfd will do, for the reasons that `notify` gives. Its blocking flag is cleared.
-    """
-    if fd is None:
-        return -1
-    number = fd.fileno()
-    if not is_eventfd(number):
-        raise ProtocolError(f"{rule}, not {kind_of(number)}", "see docs/front-ends.md")
-    os.set_blocking(number, False)
-    return number
