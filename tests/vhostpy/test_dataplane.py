@@ -31,7 +31,6 @@ from vhostpy.protocol.codec import encode
 from vhostpy.protocol.payloads import VringFile, VringState
 from vhostpy.ring.parts import first_base
 from vhostpy.server import connection as connection_module
-from vhostpy.server import plane as dataplane
 from vhostpy.server.connection import Connection
 from vhostpy.server.listen import Server
 from vhostpy.system.fds import OwnedFd
@@ -422,7 +421,7 @@ def test_a_worker_in_a_page_fault_holds_up_who_stops_a_disks_ring_and_no_other_s
 
 
 def test_hung_rings_are_waited_for_all_at_once(hung_disk, gate, path, monkeypatch, caplog):
-    monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
+    monkeypatch.setattr("vhostpy.server.plane.DRAIN_DEADLINE_S", 0.1)
     drain, waiting, most = hung_disk.ring_drain, 0, 0
 
     async def counted(index: int, deadline_s: float) -> bool:
@@ -455,7 +454,7 @@ def test_hung_rings_are_waited_for_all_at_once(hung_disk, gate, path, monkeypatc
 def test_a_server_that_closes_while_rings_drain_leaves_none_behind(
     how, hung_disk, gate, path, monkeypatch
 ):
-    monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.3)
+    monkeypatch.setattr("vhostpy.server.plane.DRAIN_DEADLINE_S", 0.3)
     server = Server(hung_disk, path=path)
 
     async def close_impatiently() -> None:
@@ -520,7 +519,7 @@ def test_requests_that_hang_are_not_done_again_before_they_have_ended(
     hung_disk, gate, path, monkeypatch, caplog
 ):
     """And the operator hears of each cause once, however often the front-end tries."""
-    monkeypatch.setattr(dataplane, "DRAIN_DEADLINE_S", 0.1)
+    monkeypatch.setattr("vhostpy.server.plane.DRAIN_DEADLINE_S", 0.1)
     monkeypatch.setattr(connection_module, "SETTLED_S", 0.05)
     caplog.set_level(logging.INFO, "vhostpy")
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from vhostpy.cli import output
 from vhostpy.errors import ConfigError
-from vhostpy.site import site as app
+from vhostpy.site import site
 
 
 def serve(
-    program: str, options: argparse.Namespace, build: Callable[[argparse.Namespace], app.App]
+    program: str, options: argparse.Namespace, build: Callable[[argparse.Namespace], site.App]
 ) -> int:
     """Builds the App and runs it until a signal; returns the exit status."""
-    app.log_to_stderr(program, options.log_level)
-    app.raise_fd_limit()
+    site.log_to_stderr(program, options.log_level)
+    site.raise_fd_limit()
     try:
         # Not within the loop, whose first Ctrl-C waits for what it runs: an image's lock may
         # take half a minute.
@@ -30,9 +30,9 @@ def serve(
     return 0
 
 
-def _say_listening(process: app.App) -> None:
+def _say_listening(process: site.App) -> None:
     try:
         output.write(json.dumps(process.summary()) + "\n")
     except output.OutputError as error:
         # Guests may be there already, or come all the same.
-        app.log.warning("%s; we serve all the same", error.args[0])
+        site.log.warning("%s; we serve all the same", error.args[0])

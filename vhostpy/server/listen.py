@@ -270,13 +270,13 @@ class Failures:
 
 
 def _watch_workers(device: Device) -> None:
-    """Has the running loop look after all sessions when a worker or a fault calls."""
+    """Has the running loop look at all sessions when a worker or a fault sounds a bell."""
     loop = asyncio.get_running_loop()
     for fd in (poison_fd(), bell_fd(), device.workers.bell_fd):
-        loop.add_reader(fd, _look_after_all, fd, device.workers)
+        loop.add_reader(fd, _on_bell, fd, device.workers)
 
 
-def _look_after_all(fd: int, workers: Workers) -> None:
+def _on_bell(fd: int, workers: Workers) -> None:
     with contextlib.suppress(BlockingIOError):
         os.eventfd_read(fd)
     if workers.wants_isolation() and workers not in _isolating:

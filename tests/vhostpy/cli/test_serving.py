@@ -248,8 +248,8 @@ def test_the_fd_limit_is_raised(place):
 def test_the_tables_libraries_are_not_loaded_to_serve(place):
     # The whole way to listening, and down again at once.
     code = (
-        "import os, signal, sys; from vhostpy import cli; from vhostpy.site import site as app;"
-        "app.App._advise = lambda self: self.stop();"
+        "import os, signal, sys; from vhostpy import cli; from vhostpy.site import site;"
+        "site.App._advise = lambda self: self.stop();"
         "assert cli.main(sys.argv[1:]) == 0; print(*sys.modules)"
     )
     for words in ("net --socket vu0", "blk --socket vb0 --ram 1M"):
